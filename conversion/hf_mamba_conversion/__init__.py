@@ -1,0 +1,1 @@
+"""Checkpoint converters between the dialects of Mamba checkpoints and Hugging Face's format."""

@@ -1,0 +1,303 @@
+"""RecurrentCache: the constant-size state of a Mamba model between two calls.
+
+A recurrent state cannot be cut short like a key/value cache, but it can be copied and recomputed. The cache therefore
+counts the tokens it has *seen*; while recording, it keeps a snapshot of the states before each forward; `crop` goes back to
+the newest snapshot that is early enough, and the tokens between the snapshot and the target become *pending*: they count as
+seen and are fed again at the front of the next forward. This makes chunked prefill, multi-turn reuse, prompt-lookup and
+assisted decoding exact.
+
+Symbols: B batch, D convolution channels, W convolution width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+
+__all__ = ["RecurrentCache", "RecurrentLayer", "read_states", "write_states"]
+
+# replaying more tokens than this costs more than one extra forward that moves the states up to them
+MAX_REPLAY = 16
+
+
+class RecurrentLayer(LinearAttentionLayer):
+    """The convolution state (B, D, W - 1) and the SSM state of one layer."""
+
+    def _map_states(self, select) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    selected = select(state)
+                    # keep the storage where possible: a captured graph reads it by address
+                    states[index] = state.copy_(selected) if selected.shape == state.shape else selected
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx` (B,) of every state."""
+        self._map_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of every state (integers or a bool mask)."""
+        self._map_states(lambda state: state[indices.to(state.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def snapshot(self) -> tuple[Tensor, Tensor | None] | None:
+        """A copy of the states, or None before the first forward."""
+        if not self.has_previous_state[0]:
+            return None
+        conv_state, ssm_state = self.conv_states[0], self.recurrent_states[0]
+        return conv_state.clone(), None if ssm_state is None else ssm_state.clone()
+
+    def restore(self, snapshot: tuple[Tensor, Tensor | None] | None) -> None:
+        """Copy the states of `snapshot` back in place."""
+        if snapshot is None:
+            self.reset()
+            return
+        conv_state, ssm_state = snapshot
+        self.conv_states[0].copy_(conv_state)
+        if ssm_state is not None:
+            self.recurrent_states[0].copy_(ssm_state)
+        self.has_previous_state[0] = True
+
+
+def read_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+    """The convolution state (B, D, ≥ W - 1) and the SSM state of a layer; (None, None) before the first token."""
+    if cache is None:
+        return None, None
+    layer = cache.layers[layer_idx]
+    if not layer.has_previous_state[0]:
+        return None, None
+    return layer.conv_states[0], layer.recurrent_states[0]
+
+
+def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Tensor) -> None:
+    """Store the states of a layer in place, detached; works on any transformers cache made of linear-attention layers."""
+    layer = cache.layers[layer_idx]
+    conv_state, ssm_state = conv_state.detach(), ssm_state.detach()
+    if not layer.is_conv_states_initialized[0]:
+        layer.lazy_initialization(conv_states=conv_state)
+    if not layer.is_recurrent_states_initialized[0]:
+        layer.lazy_initialization(recurrent_states=ssm_state)
+    width = conv_state.shape[-1]
+    buffer = layer.conv_states[0]
+    # a cache that a native class filled keeps W columns; the oldest of them is never read
+    buffer[..., buffer.shape[-1] - width :].copy_(conv_state)
+    layer.recurrent_states[0].copy_(ssm_state)
+    layer.has_previous_state[0] = True
+
+
+@dataclass
+class _Step:
+    """One forward while recording: the states before it, its inputs (pending ones included) and where they start."""
+
+    snapshots: list
+    inputs_embeds: Tensor
+    padding: Tensor | None
+    start: int
+
+
+class RecurrentCache(DynamicCache):
+    """States of all layers, with an exact token count, rollback and batch operations.
+
+    The size does not depend on the number of tokens seen: `nbytes` says how many bytes the states take.
+
+    Args:
+        config: the model's configuration; only `num_hidden_layers` is read.
+        max_snapshots: while recording, how many forwards can be undone.
+
+    Example:
+        >>> import torch
+        >>> from hf_mamba import MambaConfig, MambaForCausalLM, RecurrentCache
+        >>> model = MambaForCausalLM(MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2)).eval()
+        >>> cache, ids = RecurrentCache(model.config), torch.arange(6)[None]
+        >>> first, second = (model(part, past_key_values=cache).logits for part in (ids[:, :4], ids[:, 4:]))
+        >>> torch.allclose(torch.cat([first, second], dim=1), model(ids).logits, atol=1e-5), cache.get_seq_length()
+        (True, 6)
+    """
+
+    # generate() must hand over the 2-D mask, not build attention masks for a compiled static cache
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, config: PreTrainedConfig, max_snapshots: int = 64):
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"`config` must be a model configuration, got {type(config).__name__}; pass model.config.")
+        if max_snapshots < 1:
+            raise ValueError(f"`max_snapshots` must be at least 1, got {max_snapshots}.")
+        Cache.__init__(self, layers=[RecurrentLayer() for _ in range(config.num_hidden_layers)])
+        self.max_snapshots = max_snapshots
+        self.recording = False
+        self._seen = 0
+        self._pending: tuple[Tensor, Tensor | None] | None = None
+        self._history: list[_Step] = []
+
+    # what the model calls around its layers
+
+    def begin(self, inputs_embeds: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+        """Put pending tokens in front of the new ones and, while recording, take a snapshot.
+
+        Args:
+            inputs_embeds: (B, L, d) of the new tokens.
+            padding: (B, L) bool, False at padding; None = no padding.
+
+        Returns:
+            The same two for pending and new tokens, and the number of pending tokens.
+        """
+        batch = self.batch_size
+        if batch not in (-1, inputs_embeds.shape[0]):
+            raise ValueError(
+                f"The cache holds states for a batch of {batch}, but the inputs have a batch of {inputs_embeds.shape[0]}; "
+                "pass a new cache, or select or repeat its rows first."
+            )
+        count = self.pending_length
+        start = self._seen - count
+        if self._pending is not None:
+            embeds, mask = self._pending
+            padding = _concatenated_padding(embeds, mask, inputs_embeds, padding)
+            inputs_embeds = torch.cat([embeds.to(inputs_embeds), inputs_embeds], dim=1)
+            self._pending = None
+        if self.recording:
+            snapshots = [layer.snapshot() for layer in self.layers]
+            self._history.append(_Step(snapshots, inputs_embeds.detach(), padding, start))
+            del self._history[: -self.max_snapshots]
+        return inputs_embeds, padding, count
+
+    def end(self, length: int) -> None:
+        """Count `length` new tokens (without pending ones) as seen."""
+        self._seen += length
+
+    @property
+    def pending_length(self) -> int:
+        """Tokens that count as seen but are not in the states yet."""
+        return 0 if self._pending is None else self._pending[0].shape[1]
+
+    def take_pending(self) -> tuple[Tensor, Tensor | None]:
+        """Hand over the pending tokens to a forward that moves the states past them; they are no longer counted."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        self._seen -= pending[0].shape[1]
+        return pending
+
+    # what transformers and users call
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, the same for all layers."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._seen + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the states; -1 before the first forward."""
+        for layer in self.layers:
+            if layer.has_previous_state[0]:
+                return layer.conv_states[0].shape[0]
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the states of all layers take; constant in the number of tokens."""
+        states = (s for layer in self.layers for s in (layer.conv_states[0], layer.recurrent_states[0]))
+        return sum(state.numel() * state.element_size() for state in states if state is not None)
+
+    def activate_past_recording(self) -> None:
+        """From now on take a snapshot before each forward, so that `crop` can go back."""
+        self.recording = True
+
+    def is_recording_past(self, layer_idx: int = 0) -> bool:
+        return self.recording
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back by `-tokens_to_remove` tokens.
+
+        Args:
+            tokens_to_remove: 0 or negative, as transformers' caches take it. 0 keeps all tokens and drops the snapshots.
+
+        Raises:
+            ValueError: positive, more tokens than were seen, or further back than the snapshots reach.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`crop` takes the number of tokens to remove as a negative number, got {tokens_to_remove}; "
+                f"to keep the first n tokens call cache.crop(n - cache.get_seq_length())."
+            )
+        count = -tokens_to_remove
+        if count == 0:
+            self._history.clear()
+            return
+        target = self._seen - count
+        if target < 0:
+            raise ValueError(f"`crop` cannot remove {count} tokens from a cache that has seen {self._seen}.")
+        if self._pending is not None and count <= self.pending_length:
+            embeds, mask = self._pending
+            keep = embeds.shape[1] - count
+            self._pending = (embeds[:, :keep], None if mask is None else mask[:, :keep]) if keep else None
+            self._seen = target
+            return
+        index = next((i for i in reversed(range(len(self._history))) if self._history[i].start <= target), None)
+        if index is None:
+            raise ValueError(
+                f"`crop` cannot go back to token {target}: there is no snapshot that early. Call "
+                "cache.activate_past_recording() before the forward to undo, or raise `max_snapshots`."
+            )
+        step = self._history[index]
+        del self._history[index:]
+        for layer, snapshot in zip(self.layers, step.snapshots, strict=True):
+            layer.restore(snapshot)
+        keep = target - step.start
+        padding = None if step.padding is None else step.padding[:, :keep]
+        self._pending = (step.inputs_embeds[:, :keep], padding) if keep else None
+        self._seen = target
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the storage."""
+        super().reset()
+        self._seen, self._pending = 0, None
+        self._history.clear()
+
+    def _map_rows(self, select) -> None:
+        if self._pending is not None:
+            embeds, mask = self._pending
+            self._pending = select(embeds), None if mask is None else select(mask)
+        for step in self._history:
+            step.inputs_embeds = select(step.inputs_embeds)
+            step.padding = None if step.padding is None else select(step.padding)
+            step.snapshots = [
+                None if s is None else tuple(None if t is None else select(t) for t in s) for s in step.snapshots
+            ]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx` (B,), for beam search."""
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (integers or a bool mask)."""
+        super().batch_select_indices(indices)
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+
+def _concatenated_padding(
+    first_embeds: Tensor, first: Tensor | None, second_embeds: Tensor, second: Tensor | None
+) -> Tensor | None:
+    if first is None and second is None:
+        return None
+    parts = [
+        mask if mask is not None else torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        for embeds, mask in ((first_embeds, first), (second_embeds, second))
+    ]
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,5 @@
+"""How `generate()` uses the recurrent cache."""
+
+from .mixin import RecurrentGenerationMixin
+
+__all__ = ["RecurrentGenerationMixin"]

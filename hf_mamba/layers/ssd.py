@@ -1,0 +1,129 @@
+"""The Mamba-2 mixer: one projection, short convolution, SSD, gated norm (arXiv 2405.21060, §7).
+
+Symbols: B batch, L length, d model width, D inner width, H heads, P head dim, G groups, N state size, W convolution width.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from mamba_kernels import ssd_chunk_scan, ssd_state_update
+
+from ..cache import read_states, write_states
+from .convolution import CausalConv1d
+from .norms import GatedRMSNorm
+from .selective_scan import can_step, initial_dt_bias
+
+__all__ = ["SSDMixer"]
+
+
+class SSDMixer(nn.Module):
+    """Mamba-2's mixer, (B, L, d) → (B, L, d).
+
+    Args:
+        config: needs `hidden_size`, `expand`, `num_heads`, `head_dim`, `n_groups`, `state_size`, `conv_kernel`, `chunk_size`,
+            `use_bias`, `use_conv_bias`, `hidden_act`, `layer_norm_epsilon` and the `time_step_*` fields.
+        layer_idx: index of the layer's states in the cache.
+    """
+
+    # read by the PEFT integration: every projection is called as a module, so LoRA on any of them takes effect
+    supports_lora_everywhere = True
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.n_groups, self.ssm_state_size = config.n_groups, config.state_size
+        self.intermediate_size = self.num_heads * self.head_dim
+        self.chunk_size = config.chunk_size
+        self.time_step_limit = (float(config.time_step_limit[0]), float(config.time_step_limit[1]))
+        self.conv_dim = self.intermediate_size + 2 * self.n_groups * self.ssm_state_size
+
+        self.conv1d = CausalConv1d(
+            self.conv_dim, config.conv_kernel, bias=config.use_conv_bias, activation=config.hidden_act
+        )
+        projection_size = self.intermediate_size + self.conv_dim + self.num_heads
+        self.in_proj = nn.Linear(config.hidden_size, projection_size, bias=config.use_bias)
+        # the recurrence multiplies by exp(dt * A) thousands of times: these stay in fp32 whatever the model's dtype
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.norm = GatedRMSNorm(
+            self.intermediate_size,
+            group_size=self.intermediate_size // self.n_groups,
+            eps=config.layer_norm_epsilon,
+        )
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
+
+    @torch.no_grad()
+    def init_ssm_parameters(self) -> None:
+        """-A uniform in [1, 16], D = 1, dt log-uniform in [time_step_min, time_step_max], as the Mamba-2 code does."""
+        A = torch.empty(self.num_heads, dtype=torch.float32, device=self.A_log.device).uniform_(1, 16)
+        init.copy_(self.A_log, torch.log(A))
+        init.ones_(self.D)
+        init.copy_(self.dt_bias, initial_dt_bias(self.config, self.num_heads, self.dt_bias.device))
+
+    def forward(self, hidden_states: Tensor, cache: Cache | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        """Mix over time.
+
+        Args:
+            hidden_states: (B, L, d).
+            cache: states to continue from and to update, or None.
+            seq_idx: (B, L), sequence numbers, trailing negatives = padding; None = one sequence a row.
+        """
+        z, xBC, dt = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        conv_state, ssm_state = read_states(cache, self.layer_idx)
+        A = -torch.exp(self.A_log.float())
+        if can_step(ssm_state, hidden_states, seq_idx):
+            x, B, C = self._split(self.conv1d(xBC[:, 0], conv_state=conv_state))
+            y = ssd_state_update(
+                ssm_state,
+                x,
+                dt[:, 0],
+                A,
+                B,
+                C,
+                D=self.D,
+                dt_bias=self.dt_bias,
+                dt_limit=self.time_step_limit,
+            )
+            return self.out_proj(self.norm(y.flatten(-2)[:, None], z))
+        keep_states = cache is not None
+        xBC = self.conv1d(
+            xBC,
+            initial_states=self.conv1d.context(conv_state),
+            seq_idx=seq_idx,
+            return_final_states=keep_states,
+        )
+        xBC, final_conv_state = xBC if keep_states else (xBC, None)
+        x, B, C = self._split(xBC)
+        y = ssd_chunk_scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size=self.chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_limit=self.time_step_limit,
+            initial_states=ssm_state,
+            seq_idx=seq_idx,
+            return_final_states=keep_states,
+        )
+        if keep_states:
+            y, final_ssm_state = y
+            write_states(cache, self.layer_idx, final_conv_state, final_ssm_state)
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (…, H, P), B and C (…, G, N) out of the convolution's output."""
+        group_width = self.n_groups * self.ssm_state_size
+        x, B, C = xBC.split([self.intermediate_size, group_width, group_width], dim=-1)
+        return (
+            x.unflatten(-1, (self.num_heads, self.head_dim)),
+            B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
+            C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
+        )

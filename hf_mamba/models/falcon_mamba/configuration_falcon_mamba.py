@@ -1,0 +1,35 @@
+"""Configuration of Falcon-Mamba: transformers' own fields, checked when built."""
+
+import transformers
+
+from ..validation import check_choice, check_common_fields, plain_errors
+
+__all__ = ["FalconMambaConfig"]
+
+
+@plain_errors
+class FalconMambaConfig(transformers.FalconMambaConfig):
+    """Configuration of a Falcon-Mamba model (arXiv 2410.05355): Mamba with norms on dt, B and C.
+
+    Fields and `config.json` are those of `transformers.FalconMambaConfig`. Two defaults differ, both read only when a model
+    is initialised from scratch: `initializer_range` is 0.02 and `rescale_prenorm_residual` is True, as in Mamba's code.
+
+    Raises:
+        ValueError: a size that is not positive, an unknown activation or scheme, `time_step_min` above `time_step_max`.
+
+    Example:
+        >>> from hf_mamba import FalconMambaConfig
+        >>> FalconMambaConfig(hidden_size=64, num_hidden_layers=2).mixer_rms_eps
+        1e-06
+    """
+
+    initializer_range: float = 0.02
+    rescale_prenorm_residual: bool = True
+    keys_to_ignore_at_inference = ("past_key_values", "cache_params")
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_common_fields(self)
+        check_choice(self, "time_step_init_scheme", ("random", "constant"))
+        if self.mixer_rms_eps <= 0:
+            raise ValueError(f"FalconMambaConfig: `mixer_rms_eps` must be positive, got {self.mixer_rms_eps}.")

@@ -1,0 +1,250 @@
+"""Heads on top of a recurrent backbone. Symbols: B batch, L length, d model width, V vocabulary, C classes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from ..generation.mixin import RecurrentGenerationMixin
+from ..sequences import SequenceLayout, padding_mask, resolve_layout
+from .outputs import RecurrentCausalLMOutput, RecurrentClassifierOutput, cache_fields
+from .recurrent import RecurrentModel, RecurrentPreTrainedModel
+
+__all__ = ["RecurrentForCausalLM", "RecurrentForSequenceClassification", "RecurrentForTokenClassification"]
+
+
+class _WithBackbone(RecurrentPreTrainedModel):
+    model_class: type[RecurrentModel]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+
+class RecurrentForCausalLM(RecurrentGenerationMixin, _WithBackbone):
+    """A language model: backbone and a linear head, tied to the embedding if `tie_word_embeddings`."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    output_class: type = RecurrentCausalLMOutput
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.backbone = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_params: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> tuple | RecurrentCausalLMOutput:
+        """Predict the next token at each position.
+
+        Args:
+            labels: (B, L) integer, shifted inside; -100 is ignored. In packed input a sequence's first token is never a
+                target, since the token before it belongs to another sequence.
+            logits_to_keep: number of last positions to compute logits for, 0 = all; or a 1-D tensor of positions.
+            **kwargs: `num_items_in_batch`, `shift_labels` and `ignore_index` go to the loss; anything unknown is refused.
+
+        All others as in the backbone. Logits are fp32.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        loss_kwargs = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if key in kwargs}
+        outputs = self.backbone(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states).float()
+        loss = None
+        if labels is not None:
+            if logits.shape[:2] != labels.shape:
+                raise ValueError(
+                    f"`labels` must have the shape {tuple(logits.shape[:2])} of the logits, got {tuple(labels.shape)}; "
+                    "with labels leave `logits_to_keep` at 0."
+                )
+            cu_seqlens = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
+            labels = _without_first_tokens(labels, attention_mask, position_ids, seq_idx, cu_seqlens)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+        output = self.make_output(outputs, loss, logits)
+        if return_dict:
+            return output
+        return tuple(value for name, value in output.items() if name != "past_key_values")
+
+    def make_output(self, outputs: Any, loss: Tensor | None, logits: Tensor) -> Any:
+        """Assemble the output; MoE-Mamba adds its router's losses here."""
+        return self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **cache_fields(outputs.cache_params)
+        )
+
+
+class RecurrentForSequenceClassification(_WithBackbone):
+    """A classifier that reads the last real token of each row."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = self.model_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | RecurrentClassifierOutput:
+        """Classify each row.
+
+        The last real token is found by `attention_mask`; without one, as the last token that is not `pad_token_id`.
+
+        Args:
+            labels: (B,) classes or values, or (B, C) for several labels; see `config.problem_type`.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        loss_kwargs = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if key in kwargs}
+        outputs = self.backbone(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        last = self._last_tokens(input_ids, attention_mask, outputs.last_hidden_state)
+        rows = torch.arange(last.shape[0], device=last.device)
+        logits = self.score(outputs.last_hidden_state[rows, last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config, **loss_kwargs
+            )
+        output = RecurrentClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return output if return_dict else output.to_tuple()
+
+    def _last_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+        batch, length, _ = hidden_states.shape
+        if length == 0:
+            raise ValueError("There is no token to classify: the inputs have length 0.")
+        if attention_mask is not None:
+            real = attention_mask != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        else:
+            return torch.full((batch,), length - 1, device=hidden_states.device)
+        return (torch.arange(length, device=real.device) * real).argmax(dim=1).to(hidden_states.device)
+
+
+class RecurrentForTokenClassification(_WithBackbone):
+    """A classifier of each token, which sees that token and all before it."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.backbone = self.model_class(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | RecurrentClassifierOutput:
+        """Classify each token.
+
+        Args:
+            labels: (B, L) classes; -100 is ignored.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        loss_kwargs = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if key in kwargs}
+        outputs = self.backbone(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **loss_kwargs)
+        output = RecurrentClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return output if return_dict else output.to_tuple()
+
+
+# what the loss functions of transformers read
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
+def _keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        return hidden_states[:, logits_to_keep]
+    return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+
+
+def _without_first_tokens(
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Labels with the first token of every packed sequence ignored: it cannot be predicted from another sequence."""
+    if position_ids is None and seq_idx is None and cu_seqlens is None:
+        return labels
+    batch, length = labels.shape
+    layout: SequenceLayout = resolve_layout(
+        batch,
+        length,
+        padding=padding_mask(attention_mask, batch, length, None),
+        position_ids=position_ids,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
+    starts = layout.starts
+    return labels if starts is None else labels.masked_fill(starts, -100)

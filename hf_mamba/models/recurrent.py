@@ -1,0 +1,321 @@
+"""What all models share: the residual stack, its inputs (masks, packing, caches) and the initialisation.
+
+Symbols: B batch, L length, d model width, V vocabulary, n packed sequences.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from ..cache import MAX_REPLAY, RecurrentCache
+from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
+from ..sequences import SequenceLayout, padding_mask, resolve_layout
+from .outputs import RecurrentModelOutput, cache_fields
+
+__all__ = ["RecurrentBlock", "RecurrentModel", "RecurrentPreTrainedModel", "refuse_unknown", "select_cache"]
+
+logger = logging.get_logger(__name__)
+
+# the original mamba_ssm checkpoints call the embedding so
+ORIGINAL_KEYS = {r"(^|\.)embedding\.weight$": r"\1embeddings.weight"}
+
+
+class RecurrentBlock(GradientCheckpointingLayer):
+    """Pre-norm residual block: `x + mixer(norm(x))`.
+
+    Subclasses give `make_mixer`.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = self.make_mixer(config, layer_idx)
+
+    def make_mixer(self, config: PreTrainedConfig, layer_idx: int) -> nn.Module:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, cache: Cache | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        return residual + self.mixer(self.norm(hidden_states), cache=cache, seq_idx=seq_idx)
+
+
+class RecurrentPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: PreTrainedConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _can_compile_fullgraph = True
+    # states can be taken back by snapshot and replay, so assisted decoding is possible
+    _is_stateful = False
+    _skip_keys_device_placement = ["past_key_values", "cache_params"]
+    _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, key_mapping=None, **kwargs):
+        """Load a model as transformers does; the original key `backbone.embedding.weight` is understood as well."""
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *args, key_mapping=ORIGINAL_KEYS | (key_mapping or {}), **kwargs
+        )
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
+        """Save a model as transformers does, always under the standard key names."""
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | CausalConv1d):
+            # torch's own default, which the Mamba code keeps for projections and convolution
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None and isinstance(module, nn.Linear):
+                init.zeros_(module.bias)
+            elif module.bias is not None:
+                bound = 1 / math.sqrt(module.kernel_size[0])
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, SelectiveScanMixer | SSDMixer):
+            module.init_ssm_parameters()
+            if self.config.rescale_prenorm_residual:
+                self._rescale_residual(module.out_proj.weight)
+        elif getattr(module, "weight", None) is not None and "Norm" in type(module).__name__:
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+
+    def _rescale_residual(self, weight: Tensor) -> None:
+        """Redraw a projection into the residual stream, 1 / sqrt(layers) smaller (GPT-2, §2.3)."""
+        bound = 1 / math.sqrt(weight.shape[-1] * self.config.num_hidden_layers)
+        init.uniform_(weight, -bound, bound)
+
+
+class RecurrentModel(RecurrentPreTrainedModel):
+    """Embedding, blocks and final norm.
+
+    Subclasses give `block_class`.
+    """
+
+    block_class: type[RecurrentBlock]
+    output_class = RecurrentModelOutput
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(self.make_layers(config))
+        self.gradient_checkpointing = False
+        self.norm_f = self.make_final_norm(config)
+        self.post_init()
+
+    def make_layers(self, config: PreTrainedConfig) -> list[nn.Module]:
+        return [self.block_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+
+    def make_final_norm(self, config: PreTrainedConfig) -> nn.Module:
+        return RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | RecurrentModelOutput:
+        """Run the stack.
+
+        Args:
+            input_ids: (B, L) integer; exactly one of this and `inputs_embeds`.
+            attention_mask: (B, L), or (B, seen + L) over a cache; 0 = padding, on either side or in between. A padding
+                token changes neither the states nor any other token's output.
+            inputs_embeds: (B, L, d).
+            past_key_values, cache_params: two names for the states to continue from, which are updated in place; a
+                `RecurrentCache`, or a transformers cache made for this configuration. Any number of tokens may follow.
+            use_cache: return a cache; by default `config.use_cache`, in training False.
+            position_ids: (B, L); a sequence begins wherever a position does not follow the one before it. Positions as
+                such have no effect on a recurrent model.
+            seq_idx: (B, L) integer; a sequence begins wherever the number changes; negative = padding.
+            cu_seq_lens_q, cu_seq_lens_k: (n + 1,) integer, cumulative lengths of the sequences packed into a batch of one.
+            max_length_q, max_length_k: accepted because collators emit them; the lengths say the same.
+            output_hidden_states: return the embeddings and the output of each layer.
+            return_dict: False returns a tuple without the missing entries.
+
+        Raises:
+            TypeError: an unknown argument, or one of the wrong type.
+            ValueError: a wrong shape, inputs that contradict each other, or an unknown option.
+        """
+        refuse_unknown(type(self).__name__, kwargs)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        check_token_inputs(input_ids, inputs_embeds, self.config.hidden_size)
+        cache = select_cache(past_key_values, cache_params)
+        cache = self._prepare_cache(cache, use_cache)
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids)
+        batch, length, _ = inputs_embeds.shape
+        seen = 0 if cache is None else cache.get_seq_length() if isinstance(cache, RecurrentCache) else None
+        padding = padding_mask(attention_mask, batch, length, seen)
+
+        replayed = 0
+        if isinstance(cache, RecurrentCache):
+            if cache.pending_length > MAX_REPLAY:
+                self._advance(cache)
+            inputs_embeds, padding, replayed = cache.begin(inputs_embeds, padding)
+        layout = self._layout(
+            inputs_embeds, padding, replayed, position_ids, seq_idx, _same_lengths(cu_seq_lens_q, cu_seq_lens_k)
+        )
+        hidden_states, all_hidden_states, extras = self.run_layers(
+            layout.align(inputs_embeds), cache, layout, output_hidden_states
+        )
+        if isinstance(cache, RecurrentCache):
+            cache.end(length)
+
+        def finish(values: Tensor) -> Tensor:
+            return layout.restore(values)[:, replayed:]
+
+        output = self.output_class(
+            last_hidden_state=finish(hidden_states),
+            hidden_states=None if all_hidden_states is None else tuple(map(finish, all_hidden_states)),
+            **cache_fields(cache),
+            **extras,
+        )
+        if return_dict:
+            return output
+        names = ("last_hidden_state", "cache_params", "hidden_states", *extras)
+        return tuple(output[name] for name in names if name in output)
+
+    def run_layers(
+        self, hidden_states: Tensor, cache: Cache | None, layout: SequenceLayout, output_hidden_states: bool
+    ) -> tuple[Tensor, list[Tensor] | None, dict[str, Any]]:
+        """Blocks and final norm on aligned tokens; also the hidden states if wanted, and fields for the output."""
+        collected: list[Tensor] | None = [] if output_hidden_states else None
+        for layer in self.layers:
+            if collected is not None:
+                collected.append(hidden_states)
+            hidden_states = layer(hidden_states, cache=cache, seq_idx=layout.seq_idx)
+        hidden_states = self.norm_f(hidden_states)
+        if collected is not None:
+            collected.append(hidden_states)
+        return hidden_states, collected, {}
+
+    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        recomputing = self.gradient_checkpointing and self.training
+        if cache is not None:
+            if recomputing:
+                raise ValueError(
+                    "A cache cannot be used while gradient checkpointing recomputes the layers, which would update its "
+                    "states twice; pass no cache, or call model.eval() or model.gradient_checkpointing_disable()."
+                )
+            if use_cache is False:
+                raise ValueError("A cache was given together with use_cache=False; drop one of the two.")
+            return cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and recomputing:
+            logger.warning_once(
+                "`use_cache=True` has no effect with gradient checkpointing in training; no cache is made."
+            )
+            return None
+        return RecurrentCache(self.config) if use_cache else None
+
+    @torch.no_grad()
+    def _advance(self, cache: RecurrentCache) -> None:
+        """Move the states past the pending tokens with a forward of their own."""
+        inputs_embeds, padding = cache.take_pending()
+        recording, cache.recording = cache.recording, False
+        self(inputs_embeds=inputs_embeds, attention_mask=padding, past_key_values=cache)
+        cache.recording = recording
+
+    @staticmethod
+    def _layout(
+        inputs_embeds: Tensor,
+        padding: Tensor | None,
+        replayed: int,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> SequenceLayout:
+        batch, length, _ = inputs_embeds.shape
+        if replayed and (seq_idx is not None or cu_seqlens is not None):
+            raise ValueError(
+                f"The cache has {replayed} tokens to replay after crop(), which cannot be combined with `seq_idx` or "
+                "`cu_seq_lens_q`; run them without packing first."
+            )
+        if replayed and position_ids is not None:
+            # the replayed tokens directly precede the new ones
+            positions = position_ids.expand(batch, -1)
+            before = torch.arange(-replayed, 0, device=positions.device)
+            position_ids = torch.cat([positions[:, :1] + before, positions], dim=1)
+        return resolve_layout(
+            batch, length, padding=padding, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens
+        )
+
+
+def select_cache(past_key_values: Cache | None, cache_params: Cache | None) -> Cache | None:
+    """The one cache given under either name."""
+    if past_key_values is not None and cache_params is not None and past_key_values is not cache_params:
+        raise ValueError(
+            "`past_key_values` and `cache_params` are two names for one cache, but two caches were given."
+        )
+    cache = past_key_values if past_key_values is not None else cache_params
+    if cache is not None and not isinstance(cache, Cache):
+        raise TypeError(f"`past_key_values` must be a transformers Cache, got {type(cache).__name__}.")
+    return cache
+
+
+def refuse_unknown(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise for arguments nobody reads; None and False mean that nothing was asked for."""
+    asked = {key: value for key, value in kwargs.items() if value is not None and value is not False}
+    if "output_attentions" in asked:
+        raise ValueError(f"{name} has no attention weights to return; drop `output_attentions=True`.")
+    if asked:
+        raise TypeError(f"{name} got arguments it does not know: {', '.join(sorted(asked))}; check their spelling.")
+
+
+def check_token_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_size: int) -> None:
+    """Raise unless exactly one of the two is given, with the right type and shape."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    if input_ids is not None:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            given = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(f"`input_ids` must be an int64 or int32 tensor, got {given}.")
+        if input_ids.dim() != 2:
+            raise ValueError(f"`input_ids` must have shape (B, L), got {tuple(input_ids.shape)}.")
+    elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != hidden_size:
+        raise ValueError(f"`inputs_embeds` must have shape (B, L, {hidden_size}), got {tuple(inputs_embeds.shape)}.")
+
+
+def _same_lengths(cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> Tensor | None:
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or cu_seq_lens_q is cu_seq_lens_k:
+        return cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
+    if cu_seq_lens_q.shape != cu_seq_lens_k.shape or (
+        not torch.compiler.is_compiling() and not torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    ):
+        raise ValueError(
+            "`cu_seq_lens_q` and `cu_seq_lens_k` must be equal: a recurrent model has one sequence, not two."
+        )
+    return cu_seq_lens_q

@@ -1,0 +1,98 @@
+"""Which implementation of an op runs: `triton` on a GPU, `eager` (vectorised torch) everywhere else.
+
+`backend("eager")` forces one for a block of code, the environment variable `HF_MAMBA_BACKEND` does it from outside.
+`reference` (the fp64 oracle) can be forced too, for tests and debugging; it is never chosen by itself.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+__all__ = ["BACKENDS", "OPS", "backend", "forced_backend", "select", "warn_once"]
+
+BACKENDS = ("triton", "eager", "reference")
+
+# every op and whether it has a Triton implementation yet; `hf-mamba env` prints this table
+OPS: dict[str, bool] = {
+    "selective_scan": False,
+    "ssd_chunk_scan": False,
+    "causal_conv1d": False,
+    "selective_state_update": False,
+    "ssd_state_update": False,
+    "causal_conv1d_update": False,
+    "rms_norm": False,
+    "add_rms_norm": False,
+    "rms_norm_gated": False,
+}
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}.")
+    return name
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("HF_MAMBA_BACKEND", "").strip().lower()
+    if name in ("", "auto"):
+        return None
+    return _check_name(name, "The environment variable HF_MAMBA_BACKEND")
+
+
+# a plain global and not a ContextVar: torch.compile guards on it without a graph break
+_forced: str | None = _from_environment()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one implementation of every op inside the `with` block.
+
+    Args:
+        name: `"triton"`, `"eager"` or `"reference"`.
+
+    Raises:
+        ValueError: `name` is none of these.
+
+    Example:
+        >>> import torch, mamba_kernels
+        >>> with mamba_kernels.backend("eager"):
+        ...     y = mamba_kernels.rms_norm(torch.randn(1, 5, 4), torch.ones(4))
+        >>> y.shape
+        torch.Size([1, 5, 4])
+    """
+    global _forced
+    previous, _forced = _forced, _check_name(name, "backend()'s argument `name`")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `backend()` or `HF_MAMBA_BACKEND`, or None when each op chooses by its inputs' device."""
+    return _forced
+
+
+def select(op: str, device: torch.device) -> str:
+    """The backend that `op` uses for tensors on `device`.
+
+    Raises:
+        RuntimeError: `triton` was forced for an op that has no Triton implementation.
+    """
+    if _forced is not None:
+        if _forced == "triton" and not OPS[op]:
+            raise RuntimeError(f"{op} has no Triton implementation; use backend('eager') or unset HF_MAMBA_BACKEND.")
+        return _forced
+    if OPS[op] and device.type in ("cuda", "xpu"):
+        return "triton"
+    return "eager"
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Emit `message` as a UserWarning, the first time only."""
+    warnings.warn(message, UserWarning, stacklevel=3)
