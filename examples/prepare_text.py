@@ -1,16 +1,16 @@
-"""Make train.txt and valid.txt of public-domain English prose, or of text files of your own.
+"""Make train.txt, valid.txt and test.txt of public-domain English prose, or of text files of your own.
 
     python examples/prepare_text.py                                   # the built-in sources, into .data/
     python examples/prepare_text.py --texts my_book.txt my_folder/    # your own files instead
 
-What is held out is a contiguous run of chapters in the middle of every work, and with a chapter of the Bible every
-comment on it, so that no held-out chapter has a neighbour of its own text in the training set. Written are:
+Of every work two contiguous runs of chapters are held out: one to choose by (valid), one to report (test). With a
+chapter of the Bible goes every comment on it, whichever source it stands in. Written are:
 
-- `train.txt`, `valid.txt`: documents, separated by a line that holds only `<|endoftext|>`; in a document one line is
-  one paragraph or verse;
-- `excerpt.txt`: the first held-out documents of each source, for a quick check of a trained model;
+- `train.txt`, `valid.txt`, `test.txt`: documents, each followed by a line that holds only `<|endoftext|>`; in a
+  document one line is one paragraph or verse;
+- `excerpt.txt`: a few documents of the test split from each source, for a quick check of a trained model;
 - `words.txt`: the words of the training text that occur at least `--min_word_count` times, in lower case;
-- `sources.json`: sources, packages, licences, sizes, sha256 of every file, and how much of the held-out text occurs
+- `sources.json`: sources, packages, licences, sizes, sha256 of every file, and how much of the test split occurs
   word for word in the training text.
 """
 
@@ -23,9 +23,9 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from debian_texts import SOURCES, Document, normalise, unpack
 from transformers import HfArgumentParser
@@ -52,7 +52,10 @@ class PrepareArguments:
     packages_dir: str | None = field(
         default=None, metadata={"help": "folder with the .deb files; missing ones are downloaded into it"}
     )
-    valid_fraction: float = field(default=0.04, metadata={"help": "fraction of each work that is held out"})
+    held_out_fraction: float = field(
+        default=0.03,
+        metadata={"help": "fraction of each work for the validation split, and as much for the test split"},
+    )
     excerpt_bytes: int = field(default=48_000, metadata={"help": "size limit of excerpt.txt"})
     min_word_count: int = field(default=20, metadata={"help": "how often a word must occur to stand in words.txt"})
 
@@ -60,8 +63,8 @@ class PrepareArguments:
         unknown = [name for name in self.sources if name not in SOURCES]
         if unknown:
             raise ValueError(f"--sources: unknown source {unknown[0]!r}; choose from {', '.join(SOURCES)}.")
-        if not 0 < self.valid_fraction < 0.5:
-            raise ValueError(f"--valid_fraction must lie between 0 and 0.5, got {self.valid_fraction}.")
+        if not 0 < self.held_out_fraction < 0.3:
+            raise ValueError(f"--held_out_fraction must lie between 0 and 0.3, got {self.held_out_fraction}.")
 
 
 def read_texts(paths: Iterable[str]) -> list[Document]:
@@ -89,7 +92,9 @@ def read_texts(paths: Iterable[str]) -> list[Document]:
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"--texts: {file} is not UTF-8 ({error}); convert it, e.g. with `iconv -t UTF-8`.") from None
+            raise ValueError(
+                f"--texts: {file} is not UTF-8 ({error}); convert it, e.g. with `iconv -t UTF-8`."
+            ) from None
         blocks = re.split(r"\n\s*\n", text.strip())
         paragraphs = blocks if len(blocks) > 1 else text.splitlines()
         paragraphs = [joined for block in paragraphs if (joined := normalise(" ".join(block.split())))]
@@ -108,33 +113,38 @@ def read_texts(paths: Iterable[str]) -> list[Document]:
     return documents
 
 
-def hold_out(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """Split into training and held-out documents: of every work a contiguous run of parts about its middle.
+def hold_out(documents: list[Document], fraction: float) -> dict[str, list[Document]]:
+    """Split into "train", "valid" and "test": of every work one contiguous run of parts for each of the last two.
 
-    The run is the longest one about the middle whose size stays within `fraction` of the work. A work too short for
-    that gives one part where it has at least 10, else nothing.
+    The validation run begins at a third of the work, the test run at two thirds. Each is as long as it can be within
+    `fraction` of the work, and at least one part. Works of fewer than 10 parts go to "train" whole.
+
+    Raises:
+        ValueError: no work is long enough to hold anything out.
     """
     sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for document in documents:
         sizes[document.work][document.part] += len(document.text)
-    held: set[tuple[str, int]] = set()
+    split_of: dict[tuple[str, int], str] = {}
     for work, parts in sizes.items():
         order = sorted(parts)
+        if len(order) < 10:
+            continue
         allowed = fraction * sum(parts.values())
-        middle = len(order) // 2
-        run = [middle]
-        while run[-1] + 1 < len(order) and sum(parts[order[i]] for i in [*run, run[-1] + 1]) <= allowed:
-            run.append(run[-1] + 1)
-        if len(order) >= 10 or parts[order[middle]] <= allowed:
-            held.update((work, order[i]) for i in run)
-    train = [document for document in documents if (document.work, document.part) not in held]
-    valid = [document for document in documents if (document.work, document.part) in held]
-    if not valid:
+        for split, start in (("valid", len(order) // 3), ("test", 2 * len(order) // 3)):
+            end = start + 1
+            while end < start + len(order) // 3 and sum(parts[part] for part in order[start : end + 1]) <= allowed:
+                end += 1
+            split_of.update({(work, part): split for part in order[start:end]})
+    if not split_of:
         raise ValueError(
             "nothing could be held out: every work is shorter than 10 parts of about "
-            f"{OWN_PART_CHARACTERS} characters. Give more text, or a larger --valid_fraction."
+            f"{OWN_PART_CHARACTERS} characters. Give more text."
         )
-    return train, valid
+    splits: dict[str, list[Document]] = {"train": [], "valid": [], "test": []}
+    for document in documents:
+        splits[split_of.get((document.work, document.part), "train")].append(document)
+    return splits
 
 
 def words_of(text: str) -> list[str]:
@@ -142,14 +152,14 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
 
 
-def word_overlap(train: list[Document], valid: list[Document], length: int = OVERLAP_WORDS) -> float:
+def word_overlap(train: list[Document], held: list[Document], length: int = OVERLAP_WORDS) -> float:
     """Fraction of the held-out runs of `length` words that also occur in the training text."""
 
     def runs(document: Document) -> Iterable[int]:
         words = words_of(document.text)
         return (hash(tuple(words[i : i + length])) for i in range(len(words) - length + 1))
 
-    wanted = Counter(run for document in valid for run in runs(document))
+    wanted = Counter(run for document in held for run in runs(document))
     seen = {run for document in train for run in runs(document) if run in wanted}
     return sum(count for run, count in wanted.items() if run in seen) / max(1, sum(wanted.values()))
 
@@ -159,17 +169,28 @@ def join(documents: Iterable[Document]) -> str:
     return "".join(f"{document.text}\n{SEPARATOR}\n" for document in documents)
 
 
-def excerpt(valid: list[Document], limit: int) -> list[Document]:
-    """Held-out documents of at most `limit` bytes together, an equal share for each source."""
-    sources = list(dict.fromkeys(document.source for document in valid))
+def excerpt(held: list[Document], limit: int) -> list[Document]:
+    """Held-out documents of at most `limit` bytes together, an equal share for each source.
+
+    A source whose every document is larger than its share gives the first paragraphs of its first one.
+    """
+    sources = list(dict.fromkeys(document.source for document in held))
+    share = limit // max(1, len(sources))
     chosen = []
     for source in sources:
-        room = limit // len(sources)
-        for document in valid:
+        own, room = [document for document in held if document.source == source], share
+        fitting = []
+        for document in own:
             size = len(join([document]).encode())
-            if document.source == source and size <= room:
-                chosen.append(document)
+            if size <= room:
+                fitting.append(document)
                 room -= size
+        if not fitting:
+            lines = own[0].text.split("\n")
+            while len(lines) > 1 and len("\n".join(lines).encode()) + len(SEPARATOR) + 2 > share:
+                lines.pop()
+            fitting = [replace(own[0], text="\n".join(lines))]
+        chosen += fitting
     return chosen
 
 
@@ -192,26 +213,26 @@ def prepare(arguments: PrepareArguments) -> dict[str, Any]:
                 documents += source.read(Path(folder))
             described[name] = {"title": source.title, "packages": list(source.packages), "licence": source.licence}
 
-    train, valid = hold_out(documents, arguments.valid_fraction)
+    splits = hold_out(documents, arguments.held_out_fraction)
+    train, test = splits["train"], splits["test"]
     counts = Counter(word for document in train for word in words_of(document.text))
     files = {
-        "train.txt": join(train),
-        "valid.txt": join(valid),
-        "excerpt.txt": join(excerpt(valid, arguments.excerpt_bytes)),
+        **{f"{split}.txt": join(part) for split, part in splits.items()},
+        "excerpt.txt": join(excerpt(test, arguments.excerpt_bytes)),
         "words.txt": "".join(f"{w}\n" for w in sorted(counts) if counts[w] >= arguments.min_word_count),
     }
     for name, entry in described.items():
-        for split, part in (("train", train), ("valid", valid)):
+        for split, part in splits.items():
             own = [document for document in part if document.source == name]
             entry[f"{split}_documents"] = len(own)
             entry[f"{split}_bytes"] = sum(len(document.text.encode()) for document in own)
     report = {
         "sources": described,
         "separator": SEPARATOR,
-        "valid_fraction": arguments.valid_fraction,
-        # in the order of the file: the held-out text of one source can be evaluated alone
-        "valid_documents": [[document.source, document.work, document.part] for document in valid],
-        f"valid_runs_of_{OVERLAP_WORDS}_words_found_in_train": round(word_overlap(train, valid), 5),
+        "held_out_fraction": arguments.held_out_fraction,
+        # in the order of the file, so that the text of one source can be evaluated alone
+        "test_documents": [[document.source, document.work, document.part] for document in test],
+        f"test_runs_of_{OVERLAP_WORDS}_words_found_in_train": round(word_overlap(train, test), 5),
         "files": {
             name: {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
             for name, text in files.items()
@@ -227,14 +248,14 @@ def prepare(arguments: PrepareArguments) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the script: parse the options, prepare, print the sizes."""
-    parser = HfArgumentParser(PrepareArguments, description=(__doc__ or "").split("\n")[0])
+    parser = HfArgumentParser(cast(Any, PrepareArguments), description=(__doc__ or "").split("\n")[0])
     try:
         (arguments,) = parser.parse_args_into_dataclasses()
         report = prepare(arguments)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     for name, entry in report["sources"].items():
-        print(f"{name:24} train {entry['train_bytes']:>10,} bytes   valid {entry['valid_bytes']:>8,} bytes")
+        print(f"{name:24} train {entry['train_bytes']:>10,} bytes   test {entry['test_bytes']:>8,} bytes")
     for name, entry in report["files"].items():
         print(f"{arguments.output_dir}/{name:12} {entry['bytes']:>11,} bytes  sha256 {entry['sha256'][:16]}")
 

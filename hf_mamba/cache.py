@@ -71,7 +71,11 @@ def read_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Ten
     layer = cache.layers[layer_idx]
     if not layer.has_previous_state[0]:
         return None, None
-    return layer.conv_states[0], layer.recurrent_states[0]
+    conv_state, ssm_state = layer.conv_states[0], layer.recurrent_states[0]
+    if torch.is_grad_enabled():
+        # the buffers are overwritten after this forward, while its backward still needs what was in them
+        return conv_state.clone(), ssm_state.clone()
+    return conv_state, ssm_state
 
 
 def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Tensor) -> None:

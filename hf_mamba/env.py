@@ -32,7 +32,6 @@ PACKAGES = (
     "torchao",
     "trl",
 )
-MODEL_TYPES = ("mamba", "mamba2", "falcon_mamba", "moe_mamba")
 
 
 @dataclass
@@ -323,19 +322,10 @@ def _backends(torch: Any, environment: Environment) -> None:
 
 def _registration(environment: Environment) -> None:
     """Which model types the Auto classes of transformers resolve to hf_mamba."""
-    if os.environ.get("HF_MAMBA_REGISTER") == "0":
-        environment.problems.append(
-            Problem(
-                what="HF_MAMBA_REGISTER=0 is set",
-                consequence="Auto classes and pipelines load the native classes of transformers",
-                command="unset HF_MAMBA_REGISTER",
-            )
-        )
     if _import("transformers", environment) is None:
         return
     try:
-        importlib.import_module("hf_mamba")
-        mapping = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+        registration = importlib.import_module("hf_mamba.registration")
     except Exception as error:
         environment.problems.append(
             Problem(
@@ -345,6 +335,14 @@ def _registration(environment: Environment) -> None:
             )
         )
         return
-    for model_type in MODEL_TYPES:
-        found = mapping[model_type] if model_type in mapping else None
-        environment.registered[model_type] = found is not None and found.__module__.split(".")[0] == "hf_mamba"
+    environment.registered = {name: registration.is_registered(name) for name in registration.MODEL_TYPES}
+    missing = [name for name, registered in environment.registered.items() if not registered]
+    if missing:
+        switch = os.environ.get("HF_MAMBA_REGISTER")
+        environment.problems.append(
+            Problem(
+                what=f"not registered: {', '.join(missing)}" + (f" (HF_MAMBA_REGISTER={switch})" if switch else ""),
+                consequence="Auto classes and pipelines load the native classes of transformers",
+                command="unset HF_MAMBA_REGISTER",
+            )
+        )

@@ -67,8 +67,17 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         )
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
-        """Save a model as transformers does, always under the standard key names."""
-        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        """Save a model as transformers does, always under the standard key names.
+
+        The saved configuration has `rescale_prenorm_residual` off: it is an instruction for initialising, and transformers'
+        native classes would apply it again to the weights they load.
+        """
+        rescale = self.config.rescale_prenorm_residual
+        self.config.rescale_prenorm_residual = False
+        try:
+            super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        finally:
+            self.config.rescale_prenorm_residual = rescale
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

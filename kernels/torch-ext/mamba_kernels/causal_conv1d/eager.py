@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..autograd import first_order_only
 from ..packing import cu_seqlens_to_seq_idx, resets_and_valid
 
 __all__ = ["causal_conv1d_eager"]
@@ -27,7 +27,9 @@ def _blocks(x: Tensor) -> list[tuple[int, int]]:
     return [(start, min(start + step, length)) for start in range(0, length, max(step, 1))]
 
 
-def _tap(x: Tensor, start: int, end: int, shift: int, segments: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor]:
+def _tap(
+    x: Tensor, start: int, end: int, shift: int, segments: Tensor | None, dtype: torch.dtype
+) -> tuple[int, Tensor]:
     """Inputs `shift` tokens before tokens start … end, as far as they exist: the first such token and the inputs."""
     first = min(max(start, shift), end)
     value = x[:, first - shift : end - shift].to(dtype)
@@ -66,11 +68,11 @@ class CausalConv1dFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("causal_conv1d")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, extra, extra_index, segments = ctx.saved_tensors
         taps, offset = _parameters(x, weight, bias)
-        batch, length, width = x.shape
+        length = x.shape[1]
         n_taps = len(taps)
         spread = _spread(extra, extra_index, length)
         dpre = torch.empty(x.shape, dtype=taps.dtype, device=x.device)

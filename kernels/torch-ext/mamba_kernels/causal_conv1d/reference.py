@@ -1,5 +1,7 @@
 """fp64 oracle of the causal convolution: one window at a time, differentiable by autograd."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -43,13 +45,13 @@ def causal_conv1d_ref(
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`causal_conv1d` in fp64; results in x.dtype."""
-    batch, length, width = x.shape
+    width = x.shape[2]
     taps = weight.shape[1]
     if cu_seqlens is None:
         rows = list(x.double())
     else:
         bounds = cu_seqlens.tolist()
-        rows = [x[0, start:end].double() for start, end in zip(bounds, bounds[1:], strict=False)]
+        rows = [x[0, start:end].double() for start, end in pairwise(bounds)]
     if initial_states is None:
         initial_states = x.new_zeros(len(rows), width, taps - 1)
     offset = x.new_zeros(width).double() if bias is None else bias.double()

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..autograd import first_order_only
 
 __all__ = ["add_rms_norm_eager", "rms_norm_eager", "rms_norm_gated_eager"]
 
@@ -38,7 +39,7 @@ class RMSNormFunction(torch.autograd.Function):
         return y if weight is None else (y * weight).to(out_dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("rms_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         value = x.to(_accumulator(x))
@@ -78,7 +79,7 @@ class GatedRMSNormFunction(torch.autograd.Function):
         return y if weight is None else (y * weight).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("rms_norm_gated")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, z = ctx.saved_tensors
         dtype = _accumulator(x)

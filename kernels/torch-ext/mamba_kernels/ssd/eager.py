@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..autograd import first_order_only
 from ..packing import cu_seqlens_to_seq_idx, resets_and_valid
 from .grid import chunk_grid
 
@@ -232,7 +232,7 @@ class SSDChunkScanFunction(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("ssd_chunk_scan")
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         x, step, A, B, C, D, z, initial, segments, enter, leave, ungated = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
@@ -393,9 +393,8 @@ def ssd_chunk_scan_eager(
         # chunks that begin where a sequence begins, so that each can load and keep its own state
         grid = chunk_grid(cu_seqlens, length, BLOCK)
         enter, leave, places = grid.enter, grid.leave, grid.places
-        step, x, B, C, z = (
-            None if value is None else grid.gather(value) for value in (step, x, B, C, z)
-        )
+        step, x, B, C = (grid.gather(value) for value in (step, x, B, C))
+        z = None if z is None else grid.gather(z)
     elif cu_seqlens is not None:
         segments = cu_seqlens_to_seq_idx(cu_seqlens, length)
         if length:

@@ -1,6 +1,7 @@
 """fp64 oracle of the SSD scan: the recurrence, token by token, differentiable by autograd."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def ssd_chunk_scan_ref(
         slices = [(row, 0, x.shape[1]) for row in range(x.shape[0])]
     else:
         bounds = cu_seqlens.tolist()
-        slices = [(0, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        slices = [(0, start, end) for start, end in pairwise(bounds)]
     ys, states = [], []
     for i, (row, start, end) in enumerate(slices):
         if initial_states is None:

@@ -1,0 +1,68 @@
+"""The model card of a run of train_language_model.py: measured figures only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
+
+__all__ = ["TEMPLATE", "write_model_card"]
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "language_model.md.jinja"
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    name: str,
+    config: PreTrainedConfig,
+    arguments: dict[str, Any],
+    report: dict[str, Any],
+    sources: dict[str, Any] | None,
+) -> ModelCard:
+    """Write README.md into `folder`.
+
+    Args:
+        name: title of the card.
+        config: configuration of the saved model.
+        arguments: the options of the run.
+        report: what the run measured, as in training_report.json.
+        sources: content of the data folder's sources.json, or None where the text is the user's own.
+    """
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"held-out English prose, {split}",
+            # the hub tells results apart by type, configuration and split
+            dataset_config=split,
+            dataset_split=split.split(":")[0],
+            metric_type=metric,
+            metric_name=metric.replace("_", " "),
+            metric_value=round(figures[metric], 4),
+        )
+        for split, figures in report["results"].items()
+        for metric in ("perplexity", "bits_per_byte")
+    ]
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hf_mamba", config.model_type, "mamba", "state-space-model"],
+        model_name=name,
+        eval_results=results,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        config=config,
+        arguments=arguments,
+        report=report,
+        sources=sources,
+    )
+    card.save(folder / "README.md")
+    return card

@@ -1,0 +1,59 @@
+"""The Typer application: one `app.command` per sub-command."""
+
+from typing import Annotated
+
+import typer
+
+from hf_mamba.cli.environment import env
+from hf_mamba.cli.generate import generate
+from hf_mamba.version import __version__
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="hf-mamba",
+    help="Mamba, Mamba-2, Falcon-Mamba and MoE-Mamba for Hugging Face transformers.",
+    epilog="Try: hf-mamba generate demo 'It was a bright morning and'",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-mamba {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Mamba, Mamba-2, Falcon-Mamba and MoE-Mamba for Hugging Face transformers."""
+
+
+# a blank line in an epilog starts a new line of the help text
+ENV_EXAMPLES = """\
+Examples:
+
+hf-mamba env
+
+hf-mamba env --json > environment.json
+"""
+
+GENERATE_EXAMPLES = """\
+Examples:
+
+hf-mamba generate demo "The ship"
+
+hf-mamba generate state-spaces/mamba-130m-hf "Mamba is" --temperature 0.8 --seed 1
+
+cat story.txt | hf-mamba generate ./my-model --dtype bfloat16 --device cuda
+"""
+
+app.command(epilog=ENV_EXAMPLES)(env)
+app.command(epilog=GENERATE_EXAMPLES)(generate)
