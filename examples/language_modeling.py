@@ -61,7 +61,7 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
-def train_tokenizer(documents: list[str], vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: every text can be encoded and comes back unchanged.
 
     `<|endoftext|>` begins and ends a text; padding has a token of its own, so that a collator that masks padding in the
@@ -90,7 +90,6 @@ def train_tokenizer(documents: list[str], vocab_size: int, context_length: int) 
         eos_token=SEPARATOR,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
-        model_max_length=context_length,
     )
     check_round_trip(tokenizer, documents)
     return tokenizer
@@ -236,7 +235,9 @@ class TimeBudget(TrainerCallback):
         self.seconds = before
         self._start = time.monotonic() - before
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         assert self._start is not None
         self.seconds = time.monotonic() - self._start
         if args.world_size > 1:

@@ -87,7 +87,7 @@ class Arguments:
     n_groups: int | None = option(None, "mamba2: groups of heads that share B and C (default 1)")
     chunk_size: int | None = option(None, "mamba2: chunk of the parallel scan (default 64)")
     vocab_size: int = option(4096, "size of the tokenizer that is trained")
-    config_overrides: str = option("{}", 'further fields of the configuration as JSON, e.g. \'{"use_bias": true}\'')
+    config_overrides: str = option("{}", "further fields of the configuration as JSON, e.g. '{\"use_bias\": true}'")
 
     context_length: int = option(512, "tokens in a training window")
     batch_size: int = option(32, "windows in a step on each device")
@@ -110,6 +110,7 @@ class Arguments:
     )
     sample_tokens: int = option(80, "new tokens in a sample")
     model_name: str | None = option(None, "name in the card (default: the name of output_dir)")
+    card_model: str | None = option(None, "Python expression in the card's example (default: the path output_dir)")
     card_note: str = option("", "a sentence to add to the card's training section")
 
     def __post_init__(self) -> None:
@@ -126,6 +127,7 @@ class Arguments:
             raise ValueError("--resume goes on and --overwrite starts anew: give one of them.")
         self.checkpoint_dir = self.checkpoint_dir or f"{self.output_dir.rstrip('/')}-checkpoints"
         self.model_name = self.model_name or Path(self.output_dir).resolve().name
+        self.card_model = self.card_model or json.dumps(self.output_dir)
 
 
 def build_config(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -188,13 +190,15 @@ def load_tokenizer(arguments: Arguments, documents: list[str]) -> PreTrainedToke
         return tokenizer
     with accelerate.PartialState().main_process_first():
         if accelerate.PartialState().is_main_process and not arguments.resume:
-            train_tokenizer(documents, arguments.vocab_size, arguments.context_length).save_pretrained(kept)
+            train_tokenizer(documents, arguments.vocab_size).save_pretrained(kept)
         return AutoTokenizer.from_pretrained(kept)
 
 
 def training_arguments(arguments: Arguments) -> TrainingArguments:
     """The Trainer's options."""
-    use_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() if arguments.bf16 is None else arguments.bf16
+    use_bf16 = (
+        torch.cuda.is_available() and torch.cuda.is_bf16_supported() if arguments.bf16 is None else arguments.bf16
+    )
     return TrainingArguments(
         output_dir=cast(str, arguments.checkpoint_dir),
         max_steps=arguments.steps,
@@ -292,7 +296,9 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
     if trainer.is_world_process_zero():
         print(f"{model.num_parameters():,} parameters, {len(tokens):,} training tokens", flush=True)
         before = measured(model, "test")
-        print(f"before: test perplexity {before['perplexity']:.1f}, {before['bits_per_byte']:.3f} bits/byte", flush=True)
+        print(
+            f"before: test perplexity {before['perplexity']:.1f}, {before['bits_per_byte']:.3f} bits/byte", flush=True
+        )
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
@@ -354,6 +360,8 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
         report=report,
         sources=sources,
     )
+    for file in output.iterdir():
+        file.chmod(0o644)  # safetensors makes its file readable by the owner alone
     for name, figures in results.items():
         print(f"{name:28} perplexity {figures['perplexity']:8.3f}   {figures['bits_per_byte']:.4f} bits/byte")
     for text in texts:
