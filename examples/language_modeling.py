@@ -275,7 +275,9 @@ class LanguageModelTrainer(Trainer):
             over = self.budget.fraction(step, num_training_steps)
             return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * over))
 
-        self.lr_scheduler = LambdaLR(optimizer if optimizer is not None else self.optimizer, factor)
+        chosen = self.optimizer if optimizer is None else optimizer
+        assert chosen is not None
+        self.lr_scheduler = LambdaLR(chosen, factor)
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -289,8 +291,12 @@ def save_in(dtype: torch.dtype, model: PreTrainedModel, folder: str | Path) -> N
     `config.json` keeps the model's own dtype, so that the weights are loaded in it: a small file, and exact, quick
     arithmetic on a CPU.
     """
-    state = {
-        name: tensor if name.endswith(NEVER_DECAYED) or not tensor.is_floating_point() else tensor.to(dtype)
-        for name, tensor in model.state_dict().items()
-    }
+    state: dict[str, torch.Tensor] = {}
+    rounded: dict[int, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(NEVER_DECAYED) or not tensor.is_floating_point():
+            state[name] = tensor
+        else:
+            # tied weights stay one tensor, so that they are written once
+            state[name] = rounded.setdefault(tensor.data_ptr(), tensor.to(dtype))
     model.save_pretrained(folder, state_dict=state)

@@ -31,11 +31,14 @@ def write_model_card(
         report: what the run measured, as in training_report.json.
         sources: content of the data folder's sources.json, or None where the text is the user's own.
     """
+    # the language is known for the built-in sources only
+    builtin = sources is not None and all(source["packages"] for source in sources["sources"].values())
+    text = "English prose" if builtin else "text"
     results = [
         EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=f"held-out English prose, {split}",
+            dataset_name=f"held-out {text}, {split}",
             # the hub tells results apart by type, configuration and split
             dataset_config=split,
             dataset_split=split.split(":")[0],
@@ -47,7 +50,7 @@ def write_model_card(
         for metric in ("perplexity", "bits_per_byte")
     ]
     data = ModelCardData(
-        language="en",
+        language="en" if builtin else None,
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -63,6 +66,7 @@ def write_model_card(
         arguments=arguments,
         report=report,
         sources=sources,
+        builtin=builtin,
     )
     card.save(folder / "README.md")
     return card

@@ -33,7 +33,7 @@ from transformers import HfArgumentParser
 __all__ = ["SEPARATOR", "PrepareArguments", "hold_out", "main", "prepare", "read_texts", "word_overlap"]
 
 SEPARATOR = "<|endoftext|>"
-OWN_PART_CHARACTERS = 8_000
+OWN_PART_CHARACTERS = 4_000
 OVERLAP_WORDS = 13
 
 

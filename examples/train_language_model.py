@@ -58,11 +58,11 @@ MODEL_TYPES = ("mamba", "mamba2", "falcon_mamba", "moe_mamba")
 # options that only some model types have, with the value taken where the option is not given
 ONLY_FOR: dict[str, dict[str, int]] = {"mamba2": {"head_dim": 64, "n_groups": 1, "chunk_size": 64}}
 
+PROMPTS = ("It is a truth universally acknowledged", "And the LORD said unto Moses,", "My dear", "The love of God")
+
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field with its help text."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -104,9 +104,8 @@ class Arguments:
     seed: int = option(0, "seed of the weights, of the order of the text and of the samples")
 
     weights_dtype: str = option("bfloat16", "dtype of the weights in the saved file: bfloat16 or float32")
-    prompts: list[str] = option(
-        ["It is a truth universally acknowledged", "And the LORD said unto Moses,", "My dear", "The love of God"],
-        "beginnings that the finished model continues",
+    prompts: list[str] = field(
+        default_factory=lambda: list(PROMPTS), metadata={"help": "beginnings that the finished model continues"}
     )
     sample_tokens: int = option(80, "new tokens in a sample")
     model_name: str | None = option(None, "name in the card (default: the name of output_dir)")
@@ -170,7 +169,7 @@ def build_config(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Pr
     if not isinstance(overrides, dict):
         raise ValueError(f"--config_overrides must be a JSON object, got {arguments.config_overrides!r}.")
     config = AutoConfig.for_model(arguments.model_type, **fields)
-    for name, value in overrides.items():
+    for name in overrides:
         if not hasattr(config, name):
             raise ValueError(f"--config_overrides: {type(config).__name__} has no field {name!r}.")
     return AutoConfig.for_model(arguments.model_type, **(fields | overrides))
@@ -210,7 +209,9 @@ def training_arguments(arguments: Arguments) -> TrainingArguments:
         weight_decay=arguments.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=arguments.grad_clip,
+        use_cpu=not torch.accelerator.is_available(),  # or bf16 would be refused on a CPU
         bf16=use_bf16,
+        dataloader_pin_memory=torch.cuda.is_available(),
         torch_compile=arguments.torch_compile,
         train_sampling_strategy="sequential",  # TrainingWindows has its own order
         eval_strategy="steps",
@@ -237,8 +238,8 @@ def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, argument
     for number, prompt in enumerate(arguments.prompts):
         set_seed(arguments.seed + number)
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-        generated = model.generate(**inputs, max_new_tokens=arguments.sample_tokens)
-        texts.append(tokenizer.decode(generated[0], skip_special_tokens=True))
+        generated = cast(Any, model).generate(**inputs, max_new_tokens=arguments.sample_tokens)
+        texts.append(cast(str, tokenizer.decode(generated[0], skip_special_tokens=True)))
     return texts
 
 
@@ -276,7 +277,8 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
     model = AutoModelForCausalLM.from_config(build_config(arguments, tokenizer))
     options = training_arguments(arguments)
     tokens = encode(tokenizer, documents["train"])
-    windows_per_step = arguments.batch_size * arguments.gradient_accumulation * options.world_size
+    # train_batch_size counts every GPU that this process drives, world_size the processes
+    windows_per_step = options.train_batch_size * options.gradient_accumulation_steps * options.world_size
     budget = TimeBudget(arguments.max_minutes)
     trainer = LanguageModelTrainer(
         model=model,
@@ -312,7 +314,8 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
     tokenizer.save_pretrained(output)
 
     # everything in the card is measured on the saved files
-    saved = AutoModelForCausalLM.from_pretrained(output).to(options.device)
+    saved: Any = AutoModelForCausalLM.from_pretrained(output)
+    saved.to(options.device)
     splits = ["test", "valid"] + (["excerpt"] if (data / "excerpt.txt").is_file() else [])
     results = {name: measured(saved, name) for name in splits}
     sources_file = data / "sources.json"
@@ -374,7 +377,9 @@ def hardware(options: TrainingArguments) -> str:
     """What the run ran on, in words."""
     if options.device.type == "cuda":
         return f"{options.world_size} × {torch.cuda.get_device_name(options.device)}"
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if options.device.type == "cpu":
+        return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{options.world_size} × {options.device.type}"
 
 
 def main() -> None:

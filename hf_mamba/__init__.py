@@ -14,6 +14,7 @@ from .demo_checkpoint import demo_checkpoint
 from .models.falcon_mamba.configuration_falcon_mamba import FalconMambaConfig
 from .models.mamba.configuration_mamba import MambaConfig
 from .models.mamba2.configuration_mamba2 import Mamba2Config
+from .models.moe_mamba.configuration_moe_mamba import MoeMambaConfig
 from .registration import is_registered, register, unregister
 from .version import __version__
 
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
         Mamba2ForTokenClassification,
         Mamba2Model,
     )
+    from .models.moe_mamba.modeling_moe_mamba import (
+        MoeMambaForCausalLM,
+        MoeMambaForSequenceClassification,
+        MoeMambaForTokenClassification,
+        MoeMambaModel,
+    )
 
 __all__ = [
     "FalconMambaConfig",
@@ -53,6 +60,11 @@ __all__ = [
     "MambaForSequenceClassification",
     "MambaForTokenClassification",
     "MambaModel",
+    "MoeMambaConfig",
+    "MoeMambaForCausalLM",
+    "MoeMambaForSequenceClassification",
+    "MoeMambaForTokenClassification",
+    "MoeMambaModel",
     "RecurrentCache",
     "__version__",
     "demo_checkpoint",
@@ -64,7 +76,12 @@ __all__ = [
 # model classes are imported when first used: transformers' modeling code takes seconds to import
 _MODEL_MODULES = {
     prefix + suffix: f"{__name__}.models.{model_type}.modeling_{model_type}"
-    for prefix, model_type in (("Mamba", "mamba"), ("Mamba2", "mamba2"), ("FalconMamba", "falcon_mamba"))
+    for prefix, model_type in (
+        ("Mamba", "mamba"),
+        ("Mamba2", "mamba2"),
+        ("FalconMamba", "falcon_mamba"),
+        ("MoeMamba", "moe_mamba"),
+    )
     for suffix in ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 }
 

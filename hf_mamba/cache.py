@@ -45,6 +45,13 @@ class RecurrentLayer(LinearAttentionLayer):
         """Repeat every row `repeats` times."""
         self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
 
+    def leave_inference_mode(self) -> None:
+        """Replace states made under `torch.inference_mode()`, which may not be changed in place outside it."""
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None and state.is_inference():
+                    states[index] = state.clone()
+
     def snapshot(self) -> tuple[Tensor, Tensor | None] | None:
         """A copy of the states, or None before the first forward."""
         if not self.has_previous_state[0]:
@@ -82,9 +89,10 @@ def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Te
     """Store the states of a layer in place, detached; works on any transformers cache made of linear-attention layers."""
     layer = cache.layers[layer_idx]
     conv_state, ssm_state = conv_state.detach(), ssm_state.detach()
-    if not layer.is_conv_states_initialized[0]:
+    # after reset() the next batch may have another size
+    if not layer.is_conv_states_initialized[0] or len(layer.conv_states[0]) != len(conv_state):
         layer.lazy_initialization(conv_states=conv_state)
-    if not layer.is_recurrent_states_initialized[0]:
+    if not layer.is_recurrent_states_initialized[0] or len(layer.recurrent_states[0]) != len(ssm_state):
         layer.lazy_initialization(recurrent_states=ssm_state)
     width = conv_state.shape[-1]
     buffer = layer.conv_states[0]
@@ -151,6 +159,7 @@ class RecurrentCache(DynamicCache):
         Returns:
             The same two for pending and new tokens, and the number of pending tokens.
         """
+        self._leave_inference_mode()
         batch = self.batch_size
         if batch not in (-1, inputs_embeds.shape[0]):
             raise ValueError(
@@ -163,7 +172,6 @@ class RecurrentCache(DynamicCache):
             embeds, mask = self._pending
             padding = _concatenated_padding(embeds, mask, inputs_embeds, padding)
             inputs_embeds = torch.cat([embeds.to(inputs_embeds), inputs_embeds], dim=1)
-            self._pending = None
         if self.recording:
             snapshots = [layer.snapshot() for layer in self.layers]
             self._history.append(_Step(snapshots, inputs_embeds.detach(), padding, start))
@@ -171,8 +179,9 @@ class RecurrentCache(DynamicCache):
         return inputs_embeds, padding, count
 
     def end(self, length: int) -> None:
-        """Count `length` new tokens (without pending ones) as seen."""
+        """Count `length` new tokens (without pending ones) as seen; the pending ones are in the states now."""
         self._seen += length
+        self._pending = None
 
     @property
     def pending_length(self) -> int:
@@ -217,6 +226,11 @@ class RecurrentCache(DynamicCache):
         """From now on take a snapshot before each forward, so that `crop` can go back."""
         self.recording = True
 
+    def stop_past_recording(self) -> None:
+        """Take no more snapshots and drop those there are."""
+        self.recording = False
+        self._history.clear()
+
     def is_recording_past(self, layer_idx: int = 0) -> bool:
         return self.recording
 
@@ -253,6 +267,7 @@ class RecurrentCache(DynamicCache):
                 f"`crop` cannot go back to token {target}: there is no snapshot that early. Call "
                 "cache.activate_past_recording() before the forward to undo, or raise `max_snapshots`."
             )
+        self._leave_inference_mode()
         step = self._history[index]
         del self._history[index:]
         for layer, snapshot in zip(self.layers, step.snapshots, strict=True):
@@ -264,9 +279,15 @@ class RecurrentCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget all tokens and keep the storage."""
+        self._leave_inference_mode()
         super().reset()
         self._seen, self._pending = 0, None
         self._history.clear()
+
+    def _leave_inference_mode(self) -> None:
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            for layer in self.layers:
+                layer.leave_inference_mode()
 
     def _map_rows(self, select) -> None:
         if self._pending is not None:

@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .models.falcon_mamba.configuration_falcon_mamba import FalconMambaConfig
 from .models.mamba.configuration_mamba import MambaConfig
 from .models.mamba2.configuration_mamba2 import Mamba2Config
+from .models.moe_mamba.configuration_moe_mamba import MoeMambaConfig
 
 __all__ = ["MODEL_TYPES", "is_registered", "register", "unregister"]
 
@@ -46,6 +47,7 @@ MODEL_TYPES: dict[str, ModelType] = {
     "mamba": ModelType(MambaConfig, transformers.MambaConfig),
     "mamba2": ModelType(Mamba2Config, transformers.Mamba2Config),
     "falcon_mamba": ModelType(FalconMambaConfig, transformers.FalconMambaConfig),
+    "moe_mamba": ModelType(MoeMambaConfig, None),
 }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamba_kernels.packing import check_packing, cu_seqlens_to_seq_idx, resets_and_valid
+from mamba_kernels.packing import check_packing, cu_seqlens_to_seq_idx
 
 __all__ = ["SequenceLayout", "padding_mask", "resolve_layout"]
 
@@ -41,8 +41,12 @@ class SequenceLayout:
 
     @property
     def starts(self) -> Tensor | None:
-        """(B, L) bool in input order, True at each sequence's first token except a row's first one; None if there are none."""
-        return None if self.seq_idx is None else self.restore(resets_and_valid(self.seq_idx)[0])
+        """(B, L) bool in input order, True at each real token that has no real token of its sequence directly before it."""
+        if self.seq_idx is None:
+            return None
+        seq_idx = self.restore(self.seq_idx)
+        before = torch.nn.functional.pad(seq_idx, (1, 0), value=-1)[:, :-1]
+        return (seq_idx >= 0) & (seq_idx != before)
 
     @property
     def valid(self) -> Tensor | None:

@@ -123,7 +123,17 @@ def test_generate_reads_standard_input(checkpoint: str) -> None:
 def test_generate_samples_without_hidden_filters(checkpoint: str) -> None:
     """The same draw as plain sampling from the whole distribution; transformers' own default would keep 50 tokens."""
     result = run(
-        "generate", checkpoint, PROMPT, "--max-new-tokens", "12", "--device", "cpu", "--temperature", "1.5", "--seed", "3"
+        "generate",
+        checkpoint,
+        PROMPT,
+        "--max-new-tokens",
+        "12",
+        "--device",
+        "cpu",
+        "--temperature",
+        "1.5",
+        "--seed",
+        "3",
     )
     torch.manual_seed(3)
     expected = expected_text(checkpoint, 12, do_sample=True, temperature=1.5, top_k=0)
@@ -230,6 +240,14 @@ def test_generate_refuses_a_folder_without_weights(checkpoint: str, tmp_path: Pa
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((Path(checkpoint) / name).read_bytes())
     assert_user_error(run("generate", str(tmp_path), PROMPT, "--device", "cpu"), "model.safetensors")
+
+
+def test_generate_explains_a_missing_demo_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise FileNotFoundError("The demo checkpoint is missing; reinstall hf-mamba.")
+
+    monkeypatch.setattr(hf_mamba, "demo_checkpoint", missing)
+    assert_user_error(run("generate", "demo", PROMPT, "--device", "cpu"), "reinstall hf-mamba")
 
 
 def test_generate_refuses_an_unknown_model_type(checkpoint: str, tmp_path: Path) -> None:

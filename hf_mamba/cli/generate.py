@@ -64,7 +64,7 @@ def generate(
             f"the tokenizer of {model} makes no tokens of this prompt: are its files (tokenizer.json) there? "
             "tokenizer.save_pretrained() writes them."
         )
-    loaded = _load_model(path, dtype, chosen)
+    loaded: Any = _load_model(path, dtype, chosen)
 
     if seed is not None:
         torch.manual_seed(seed)
@@ -122,7 +122,9 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float | None,
 def _prompt(prompt: str | None) -> str:
     if prompt is None or prompt == "-":
         if sys.stdin is None or sys.stdin.isatty():
-            fail('no prompt was given: hf-mamba generate MODEL "PROMPT", or pipe it: cat FILE | hf-mamba generate MODEL')
+            fail(
+                'no prompt was given: hf-mamba generate MODEL "PROMPT", or pipe it: cat FILE | hf-mamba generate MODEL'
+            )
         prompt = sys.stdin.read().rstrip("\n")
     if not prompt.strip():
         fail("the prompt is empty; give a few words to continue.")
@@ -144,7 +146,10 @@ def _resolve(model: str) -> str:
     if model == "demo":
         from hf_mamba import demo_checkpoint
 
-        return str(demo_checkpoint())
+        try:
+            return demo_checkpoint()
+        except FileNotFoundError as error:
+            fail(str(error))
     path = Path(model).expanduser()
     if not path.is_dir():
         return model
@@ -181,9 +186,10 @@ def _load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
 
 
 def _load_model(path: str, dtype: str, device: "torch.device") -> "PreTrainedModel":
-    import hf_mamba  # noqa: F401  (registers the Auto classes)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    import hf_mamba  # noqa: F401  (registers the Auto classes)
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

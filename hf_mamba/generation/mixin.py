@@ -1,12 +1,19 @@
-"""`generate()` on a recurrent cache: which cache it gets and which tokens it feeds."""
+"""`generate()` on a recurrent cache: which cache it gets and which tokens it feeds.
 
+Symbols: B batch, L length.
+"""
+
+import inspect
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-from ..cache import RecurrentCache
+from ..cache import MAX_REPLAY, RecurrentCache
+from .prompt import Prompt, unseen_length
 
 __all__ = ["RecurrentGenerationMixin"]
 
@@ -31,49 +38,210 @@ class RecurrentGenerationMixin(GenerationMixin):
                 "`past_key_values` and `cache_params` are two names for one cache; give only one of them."
             )
         if caches:
-            if not isinstance(caches[0], Cache):
-                raise TypeError(f"`past_key_values` must be a RecurrentCache, got {type(caches[0]).__name__}.")
+            cache = caches[0]
+            if not isinstance(cache, Cache):
+                raise TypeError(f"`past_key_values` must be a RecurrentCache, got {type(cache).__name__}.")
             if generation_config.cache_implementation is not None:
                 raise ValueError(
                     f"`cache_implementation={generation_config.cache_implementation!r}` asks for a new cache, but "
                     "`past_key_values` was given; use only one of the two."
                 )
-            caches[0]._is_user_defined = True
-            model_kwargs["past_key_values" if isinstance(caches[0], RecurrentCache) else "cache_params"] = caches[0]
+            cache._is_user_defined = True
+        elif generation_config.use_cache is False:
             return
-        if generation_config.use_cache is False:
-            return
-        if generation_config.cache_implementation == "quantized":
+        elif generation_config.cache_implementation == "quantized":
             raise ValueError(
                 "`cache_implementation='quantized'` compresses growing key/value pairs; a recurrent cache has a constant "
                 "size and none of them. Leave `cache_implementation` out."
             )
-        if generation_config.cache_implementation not in OWN_CACHE:
+        elif generation_config.cache_implementation not in OWN_CACHE:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+            names = [name for name in given if model_kwargs.get(name) is not None]
+            cache = model_kwargs.pop(names[0])
+        else:
+            cache = RecurrentCache(self.config)
+        if not isinstance(cache, RecurrentCache):
+            model_kwargs["cache_params"] = cache
             return
-        cache = RecurrentCache(self.config)
         if generation_config.is_assistant:
             cache.activate_past_recording()
+            # every token it is about to draft may have to be taken back
+            cache.max_snapshots = max(cache.max_snapshots, (generation_config.max_new_tokens or 0) + 1)
         model_kwargs["past_key_values"] = cache
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching, and `generate_batch` on top of it, pages key/value pairs."""
+        raise ValueError(
+            "`generate_batch` and continuous batching page key/value pairs, which a recurrent model does not have. Call "
+            "generate() with a padded batch and its `attention_mask` instead."
+        )
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: a recurrent model has no positions, and those of a caller are passed on as they are."""
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """Feed what the cache has not seen of the prompt, in pieces of `prefill_chunk_size`.
+
+        Returns:
+            The output for the last piece, with the hidden states of all.
+        """
+        cache = _given_cache(model_kwargs)
+        prompt = Prompt(
+            input_ids=input_ids,
+            # an assistant is called again and again, and drafts after the tokens, not after the first prompt
+            inputs_embeds=model_kwargs.get("inputs_embeds") if is_first_iteration else None,
+            attention_mask=model_kwargs.get("attention_mask"),
+            position_ids=model_kwargs.get("position_ids"),
+        )
+        prompt = _unseen(prompt, cache, getattr(generation_config, "_mask_length", None)).left_padded()
+        if generation_config.prefill_chunk_size is not None and cache is None:
+            raise ValueError(
+                "`prefill_chunk_size` needs a cache to carry the states from piece to piece; drop `use_cache=False`."
+            )
+        borders = [*range(0, prompt.length, generation_config.prefill_chunk_size or prompt.length), prompt.length]
+        if generation_config.is_assistant and prompt.length > MAX_REPLAY:
+            # the last token may be taken back: a snapshot in front of it saves reading the whole prompt again
+            borders = sorted({*borders, prompt.length - 1})
+        return self._feed(prompt, borders, model_kwargs)
+
+    def _feed(self, prompt: Prompt, borders: list[int], model_kwargs: dict[str, Any]) -> Any:
+        pieces = []
+        for start, stop in pairwise(borders):
+            piece = prompt.columns(start, stop)
+            columns = {
+                "inputs_embeds": piece.inputs_embeds,
+                "attention_mask": piece.attention_mask,
+                "position_ids": piece.position_ids,
+            }
+            model_inputs = self.prepare_inputs_for_generation(
+                piece.input_ids,
+                next_sequence_length=piece.length,
+                is_first_iteration=True,
+                **{**model_kwargs, **columns},
+            )
+            outputs = self(**model_inputs, return_dict=True)
+            pieces.append(outputs.hidden_states)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(prompt.restore(torch.cat(layer, dim=1)) for layer in zip(*pieces, strict=True))
+        return outputs
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Slice the prompt to the tokens the cache has not seen.
+        """The inputs of the next forward.
+
+        Args:
+            input_ids: (B, L), all tokens so far.
+            next_sequence_length: how many of the last tokens to feed; by default those the cache has not seen.
+            past_key_values, attention_mask, inputs_embeds: as `forward` takes them.
+            is_first_iteration: whether this is the prompt, for which `inputs_embeds` replaces `input_ids`.
 
         Raises:
-            ValueError: the cache has seen the whole prompt already.
+            ValueError: the cache has seen everything already.
         """
-        if next_sequence_length is not None and next_sequence_length <= 0:
-            raise ValueError(
-                f"The cache has seen {past_key_values.get_seq_length() if past_key_values is not None else 0} tokens, so a "
-                f"prompt of {input_ids.shape[1]} tokens holds nothing new. Pass the full sequence including at least one "
-                "token more, or a new cache."
+        cache = past_key_values if past_key_values is not None else kwargs.get("cache_params")
+        if cache is not None and not isinstance(cache, RecurrentCache):
+            # under `past_key_values`, a stock cache would be given attention masks
+            past_key_values, kwargs["cache_params"] = None, cache
+        if next_sequence_length is None and isinstance(cache, RecurrentCache):
+            prompt = Prompt(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds if is_first_iteration else None,
+                attention_mask=attention_mask,
+                position_ids=kwargs.get("position_ids"),
             )
+            prompt = _unseen(prompt, cache).left_padded()
+            input_ids, inputs_embeds, attention_mask = prompt.input_ids, prompt.inputs_embeds, prompt.attention_mask
+            kwargs["position_ids"] = prompt.position_ids
+        elif cache is not None and not is_first_iteration:
+            # what follows the prompt was generated, so it is real; looking at a mask would cost a synchronisation
+            attention_mask = None
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
+
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
+        """Assisted and prompt-lookup decoding.
+
+        The states are moved up to the last token of the prompt first: the loop would feed the prompt together with the first
+        candidates, and to take one of those back would then mean to read the whole prompt again.
+        """
+        decode = super()._assisted_decoding
+        generation_config = kwargs["generation_config"]
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, RecurrentCache):
+            return decode(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
+        recording = cache.recording
+        if kwargs.get("inputs_embeds") is not None and input_ids.shape[0] == 1:
+            kwargs |= self._without_padding(input_ids, cache, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+        # hidden states are wanted for the whole prompt at once
+        if input_ids.shape[0] == 1 and kwargs.get("inputs_embeds") is None and not generation_config.output_hidden_states:
+            options = inspect.signature(decode).parameters
+            self._feed_all_but_last(input_ids, generation_config, {k: v for k, v in kwargs.items() if k not in options})
+        try:
+            return decode(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
+        finally:
+            if not recording:
+                cache.stop_past_recording()
+
+    @staticmethod
+    def _without_padding(input_ids: Tensor, cache: RecurrentCache, embeds: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """A prompt of embeddings (1, L, d) without its padding: the loop would cut the mask to the length of the ids."""
+        if input_ids.shape[1] > 0:
+            raise ValueError(
+                "Assisted and prompt-lookup decoding take a prompt as `input_ids` or as `inputs_embeds`, not both; drop one."
+            )
+        if mask is None:
+            return {}
+        keep = mask[0] != 0
+        keep[: cache.get_seq_length()] = True
+        return {"inputs_embeds": embeds[:, keep], "attention_mask": None}
+
+    def _feed_all_but_last(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        prompt = Prompt(
+            input_ids=input_ids,
+            inputs_embeds=None,
+            attention_mask=model_kwargs.get("attention_mask"),
+            position_ids=model_kwargs.get("position_ids"),
+        )
+        prompt = _unseen(prompt, _given_cache(model_kwargs), getattr(generation_config, "_mask_length", None))
+        count = prompt.length - 1
+        mask = prompt.attention_mask
+        # the loop goes on from the last column: with right padding it has to be given the whole prompt
+        if count > 0 and (mask is None or bool(mask[0, -1])):
+            chunk = generation_config.prefill_chunk_size or count
+            self._feed(prompt.columns(0, count).left_padded(), [*range(0, count, chunk), count], model_kwargs)
+
+
+def _given_cache(model_kwargs: dict[str, Any]) -> Cache | None:
+    cache = model_kwargs.get("past_key_values")
+    return cache if cache is not None else model_kwargs.get("cache_params")
+
+
+def _unseen(prompt: Prompt, cache: Cache | None, mask_length: int | None = None) -> Prompt:
+    """The columns of `prompt` that the cache has not seen."""
+    if prompt.attention_mask is not None and prompt.inputs_embeds is None:
+        mask_length = prompt.attention_mask.shape[1]
+    length = prompt.length
+    # embeddings are always the whole prompt; so is everything without a mask
+    count = unseen_length(cache, length, length if mask_length is None or prompt.inputs_embeds is not None else mask_length)
+    return prompt.last(count)

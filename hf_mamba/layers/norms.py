@@ -1,11 +1,12 @@
-"""RMSNorm before each mixer, and the gated, grouped RMSNorm inside Mamba-2."""
+"""RMSNorm or LayerNorm before each mixer, and the gated, grouped RMSNorm inside Mamba-2."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mamba_kernels import rms_norm, rms_norm_gated
 
-__all__ = ["GatedRMSNorm", "RMSNorm"]
+__all__ = ["GatedRMSNorm", "LayerNorm", "RMSNorm"]
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +22,33 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with weight and bias (Ba et al., arXiv 1607.06450) and statistics in fp32.
+
+    The output has the dtype of the weight, as that of `RMSNorm`.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        out = F.layer_norm(
+            hidden_states.to(dtype),
+            self.weight.shape,
+            self.weight.to(dtype),
+            self.bias.to(dtype),
+            eps=self.variance_epsilon,
+        )
+        return out.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"

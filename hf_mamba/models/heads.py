@@ -17,6 +17,15 @@ __all__ = ["RecurrentForCausalLM", "RecurrentForSequenceClassification", "Recurr
 
 class _WithBackbone(RecurrentPreTrainedModel):
     model_class: type[RecurrentModel]
+    output_class: type
+
+    def total_loss(self, loss: Tensor, outputs: Any, labels: Tensor, loss_kwargs: dict[str, Any]) -> Tensor:
+        """The loss of the labels and whatever else the backbone's `outputs` ask for; MoE-Mamba adds its router's losses."""
+        return loss
+
+    def extra_outputs(self, outputs: Any) -> dict[str, Any]:
+        """Fields of the backbone's `outputs` that only this model has."""
+        return {}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -34,7 +43,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, _WithBackbone):
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.backbone = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=getattr(config, "lm_head_bias", False))
         self.post_init()
 
     def forward(
@@ -60,8 +69,8 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, _WithBackbone):
         """Predict the next token at each position.
 
         Args:
-            labels: (B, L) integer, shifted inside; -100 is ignored. In packed input a sequence's first token is never a
-                target, since the token before it belongs to another sequence.
+            labels: (B, L) integer, shifted inside; -100 is ignored. A token that follows padding or another packed
+                sequence is never a target, since there is nothing to predict it from.
             logits_to_keep: number of last positions to compute logits for, 0 = all; or a 1-D tensor of positions.
             **kwargs: `num_items_in_batch`, `shift_labels` and `ignore_index` go to the loss; anything unknown is refused.
 
@@ -96,22 +105,29 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, _WithBackbone):
                     "with labels leave `logits_to_keep` at 0."
                 )
             cu_seqlens = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
-            labels = _without_first_tokens(labels, attention_mask, position_ids, seq_idx, cu_seqlens)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs)
+            targets = _without_first_tokens(labels, attention_mask, position_ids, seq_idx, cu_seqlens)
+            loss = self.loss_function(logits=logits, labels=targets, vocab_size=self.config.vocab_size, **loss_kwargs)
+            loss = self.total_loss(loss, outputs, labels, loss_kwargs)
         output = self.make_output(outputs, loss, logits)
         if return_dict:
             return output
         return tuple(value for name, value in output.items() if name != "past_key_values")
 
     def make_output(self, outputs: Any, loss: Tensor | None, logits: Tensor) -> Any:
-        """Assemble the output; MoE-Mamba adds its router's losses here."""
+        """Assemble the output."""
         return self.output_class(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **cache_fields(outputs.cache_params)
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **cache_fields(outputs.cache_params),
+            **self.extra_outputs(outputs),
         )
 
 
 class RecurrentForSequenceClassification(_WithBackbone):
     """A classifier that reads the last real token of each row."""
+
+    output_class = RecurrentClassifierOutput
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -156,7 +172,10 @@ class RecurrentForSequenceClassification(_WithBackbone):
             loss = self.loss_function(
                 logits=logits, labels=labels, pooled_logits=logits, config=self.config, **loss_kwargs
             )
-        output = RecurrentClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+            loss = self.total_loss(loss, outputs, labels, loss_kwargs)
+        output = self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **self.extra_outputs(outputs)
+        )
         return output if return_dict else output.to_tuple()
 
     def _last_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
@@ -174,6 +193,8 @@ class RecurrentForSequenceClassification(_WithBackbone):
 
 class RecurrentForTokenClassification(_WithBackbone):
     """A classifier of each token, which sees that token and all before it."""
+
+    output_class = RecurrentClassifierOutput
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -213,7 +234,10 @@ class RecurrentForTokenClassification(_WithBackbone):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config, **loss_kwargs)
-        output = RecurrentClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+            loss = self.total_loss(loss, outputs, labels, loss_kwargs)
+        output = self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **self.extra_outputs(outputs)
+        )
         return output if return_dict else output.to_tuple()
 
 
@@ -234,9 +258,7 @@ def _without_first_tokens(
     seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Labels with the first token of every packed sequence ignored: it cannot be predicted from another sequence."""
-    if position_ids is None and seq_idx is None and cu_seqlens is None:
-        return labels
+    """Labels with the first token of every sequence ignored: padding or another sequence cannot predict it."""
     batch, length = labels.shape
     layout: SequenceLayout = resolve_layout(
         batch,

@@ -4,6 +4,7 @@ Symbols: B batch, L length, d model width, V vocabulary, n packed sequences.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
     Subclasses give `block_class`.
     """
 
-    block_class: type[RecurrentBlock]
+    block_class: type[nn.Module]
     output_class = RecurrentModelOutput
 
     def __init__(self, config: PreTrainedConfig):
@@ -126,8 +127,12 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def make_layers(self, config: PreTrainedConfig) -> list[nn.Module]:
         return [self.block_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
 
-    def make_final_norm(self, config: PreTrainedConfig) -> nn.Module:
+    def make_final_norm(self, config: PreTrainedConfig) -> nn.Module | None:
         return RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def take_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the arguments of `forward` that only this model has out of `kwargs`; they go to `run_layers`."""
+        return {}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -175,6 +180,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             TypeError: an unknown argument, or one of the wrong type.
             ValueError: a wrong shape, inputs that contradict each other, or an unknown option.
         """
+        options = self.take_options(kwargs)
         refuse_unknown(type(self).__name__, kwargs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
@@ -196,14 +202,15 @@ class RecurrentModel(RecurrentPreTrainedModel):
         layout = self._layout(
             inputs_embeds, padding, replayed, position_ids, seq_idx, _same_lengths(cu_seq_lens_q, cu_seq_lens_k)
         )
-        hidden_states, all_hidden_states, extras = self.run_layers(
-            layout.align(inputs_embeds), cache, layout, output_hidden_states
-        )
-        if isinstance(cache, RecurrentCache):
-            cache.end(length)
 
         def finish(values: Tensor) -> Tensor:
             return layout.restore(values)[:, replayed:]
+
+        hidden_states, all_hidden_states, extras = self.run_layers(
+            layout.align(inputs_embeds), cache, layout, output_hidden_states, finish, **options
+        )
+        if isinstance(cache, RecurrentCache):
+            cache.end(length)
 
         output = self.output_class(
             last_hidden_state=finish(hidden_states),
@@ -217,9 +224,19 @@ class RecurrentModel(RecurrentPreTrainedModel):
         return tuple(output[name] for name in names if name in output)
 
     def run_layers(
-        self, hidden_states: Tensor, cache: Cache | None, layout: SequenceLayout, output_hidden_states: bool
+        self,
+        hidden_states: Tensor,
+        cache: Cache | None,
+        layout: SequenceLayout,
+        output_hidden_states: bool,
+        finish: Callable[[Tensor], Tensor],
+        **options: Any,
     ) -> tuple[Tensor, list[Tensor] | None, dict[str, Any]]:
-        """Blocks and final norm on aligned tokens; also the hidden states if wanted, and fields for the output."""
+        """Blocks and final norm on aligned tokens; also the hidden states if wanted, and fields for the output.
+
+        `finish` brings aligned values (B, L, …) into input order, without the replayed tokens; fields need it, hidden states
+        do not.
+        """
         collected: list[Tensor] | None = [] if output_hidden_states else None
         for layer in self.layers:
             if collected is not None:

@@ -26,4 +26,6 @@ def assert_matches(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.
     assert error <= tolerance, f"{name}: RMS-relative error {error:.2e} > {tolerance:.0e}"
     scale = expected.double().abs().max().clamp(min=1e-30)
     largest = ((actual.double() - expected.double()).abs().max() / scale).item()
-    assert largest <= 10 * tolerance, f"{name}: maximum error {largest:.2e} of the largest value > {10 * tolerance:.0e}"
+    assert largest <= 10 * tolerance, (
+        f"{name}: maximum error {largest:.2e} of the largest value > {10 * tolerance:.0e}"
+    )

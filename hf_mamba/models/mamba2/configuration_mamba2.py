@@ -28,7 +28,7 @@ class Mamba2Config(transformers.Mamba2Config):
 
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
-    keys_to_ignore_at_inference = ("past_key_values", "cache_params")
+    keys_to_ignore_at_inference = ["past_key_values", "cache_params"]
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

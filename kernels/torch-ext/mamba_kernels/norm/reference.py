@@ -44,6 +44,6 @@ def rms_norm_gated_ref(
     gate = 1.0 if z is None else z.double() * torch.sigmoid(z.double())
     scale = 1.0 if weight is None else weight.double()
     value = x.double() if norm_before_gate else x.double() * gate
-    groups = value.reshape(*x.shape[:-1], -1, group_size or max(width, 1))
+    groups = value.unflatten(-1, (-1, group_size or max(width, 1)))
     y = _normalise(groups, eps).reshape(x.shape) * scale
     return (y * gate if norm_before_gate else y).to(x.dtype)

@@ -92,11 +92,11 @@ def selective_scan(
     else:
         check_shape(OP, "B", B, (batch, length, size), "(B, L, N)")
         check_shape(OP, "C", C, (batch, length, size), "(B, L, N)")
-    for name, value in (("D", D), ("dt_bias", dt_bias)):
-        if value is not None:
-            check_tensor(OP, name, value)
-            check_dtype(OP, name, value)
-            check_shape(OP, name, value, (channels,), "(D,)")
+    for name, weight in (("D", D), ("dt_bias", dt_bias)):
+        if weight is not None:
+            check_tensor(OP, name, weight)
+            check_dtype(OP, name, weight)
+            check_shape(OP, name, weight, (channels,), "(D,)")
     if z is not None:
         check_tensor(OP, "z", z)
         check_dtype(OP, "z", z, (x.dtype,))

@@ -1,5 +1,7 @@
 """The oracle of `selective_scan`: the recurrence written out token by token in fp64. For tests, never for speed."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,7 @@ def _one_sequence_after_the_other(
     """Cut the packed row at `cu_seqlens` and run every sequence by itself."""
     ys, states = [], []
     bounds = cu_seqlens.tolist()
-    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (start, end) in enumerate(pairwise(bounds)):
         y, state = selective_scan_ref(
             x[:, start:end],
             dt[:, start:end],

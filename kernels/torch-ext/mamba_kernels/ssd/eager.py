@@ -74,7 +74,9 @@ class _Problem:
     def per_head(self, value: Tensor, span: _Span) -> Tensor:
         """(B, L, H, …) → (b, k, g, r, q, …)."""
         part = value[:, span.start : span.start + span.chunks * span.block].to(self.dtype)
-        return part.unflatten(1, (span.chunks, span.block)).unflatten(3, (self.groups, -1)).movedim(2, 4)
+        part = part.unflatten(1, (span.chunks, span.block)).unflatten(3, (self.groups, -1)).movedim(2, 4)
+        # one copy here spares the matrix products theirs; a single chunk of a single row needs none
+        return part.contiguous() if part.shape[0] * span.chunks > 1 else part
 
     def per_group(self, value: Tensor, span: _Span) -> Tensor:
         """(B, L, G, N) → (b, k, g, 1, q, n)."""
@@ -183,7 +185,12 @@ def _pass_states(
         entering.append(state)
         state = torch.addcmul(added[:, k], decays.total[:, k], state)
         carry.keep(finals, state, span.first_chunk + k)
-    return torch.stack(entering, dim=1), state
+    return _stack(entering), state
+
+
+def _stack(states: list[Tensor]) -> Tensor:
+    """States chunk by chunk, (b, k, g, r, p, n); a single one, as usual on a CPU, is not copied."""
+    return states[0].unsqueeze(1) if len(states) == 1 else torch.stack(states, dim=1)
 
 
 class SSDChunkScanFunction(torch.autograd.Function):
@@ -274,7 +281,7 @@ class SSDChunkScanFunction(torch.autograd.Function):
                     dstate = torch.addcmul(from_output[:, k], decays.total[:, k], dstate)
                     dstate = carry.load_backward(dstate, dinitial, chunk)
                 gradients = _chunk_backward(
-                    problem, span, decays, dout, entering.pop(), torch.stack(leaving[::-1], dim=1)
+                    problem, span, decays, dout, entering.pop(), _stack(leaving[::-1])
                 )
                 problem.store(dx, gradients.dx, span)
                 problem.store(dstep, gradients.dstep, span)
@@ -378,33 +385,35 @@ def ssd_chunk_scan_eager(
     """`ssd_chunk_scan` without its argument checks; it works in chunks of its own length, whatever `chunk_size` is."""
     batch, length, heads, head_dim = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    segments = enter = leave = valid = places = None
+    if seq_idx is not None:
+        resets, valid = resets_and_valid(seq_idx)
+        segments = resets.cumsum(dim=1)
+        # whatever lies in padding, even an infinity, must not reach a product
+        x, B, C = (value.masked_fill(~valid[..., None, None], 0.0) for value in (x, B, C))
+        dt = dt.masked_fill(~valid[..., None], 0.0)
+        z = None if z is None else z.masked_fill(~valid[..., None, None], 0.0)
     step = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     if dt_softplus:
         step = torch.nn.functional.softplus(step)
     if tuple(dt_limit) != (-math.inf, math.inf) and not (dt_softplus and tuple(dt_limit) == (0.0, math.inf)):
         step = step.clamp(*dt_limit)
+    if valid is not None:
+        step = step.masked_fill(~valid[..., None], 0.0)
     n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    keeps_states = initial_states is not None or return_final_states
     initial = initial_states
     if initial is None:
         initial = torch.zeros(n_states, heads, head_dim, B.shape[3], dtype=dtype, device=x.device)
-    segments = enter = leave = valid = places = None
-    if cu_seqlens is not None and keeps_states and length:
-        # chunks that begin where a sequence begins, so that each can load and keep its own state
-        grid = chunk_grid(cu_seqlens, length, BLOCK)
-        enter, leave, places = grid.enter, grid.leave, grid.places
-        step, x, B, C = (grid.gather(value) for value in (step, x, B, C))
-        z = None if z is None else grid.gather(z)
-    elif cu_seqlens is not None:
-        segments = cu_seqlens_to_seq_idx(cu_seqlens, length)
-        if length:
+    if cu_seqlens is not None and length:
+        if initial_states is None and not return_final_states:
+            segments = cu_seqlens_to_seq_idx(cu_seqlens, length)
             initial = initial[:1]
-    elif seq_idx is not None:
-        resets, valid = resets_and_valid(seq_idx)
-        segments = resets.cumsum(dim=1)
-        # whatever lies in padding, even an infinity, must not reach a product
-        step = step.masked_fill(~valid[..., None], 0.0)
-        x, B, C = (value.masked_fill(~valid[..., None, None], 0.0) for value in (x, B, C))
+        else:
+            # chunks that begin where a sequence begins, so that each can load and keep its own state
+            grid = chunk_grid(cu_seqlens, length, BLOCK)
+            enter, leave, places = grid.enter, grid.leave, grid.places
+            step, x, B, C = (grid.gather(value) for value in (step, x, B, C))
+            z = None if z is None else grid.gather(z)
     y, final = SSDChunkScanFunction.apply(x, step, A, B, C, D, z, initial, segments, enter, leave)
     if places is not None:
         y = y[:, places]

@@ -45,7 +45,9 @@ def _check_rows(op: str, name: str, state: Tensor, batch: int, state_indices: Te
     check_shape(op, "state_indices", state_indices, (batch,), "(B,)")
 
 
-def _check_B_and_C(op: str, B: Tensor, C: Tensor, lead: tuple[int, ...], size: int, channels: int, grouped: bool) -> None:
+def _check_B_and_C(
+    op: str, B: Tensor, C: Tensor, lead: tuple[int, ...], size: int, channels: int, grouped: bool
+) -> None:
     legend = "(B, G, N)" if len(lead) == 1 else "(B, T, G, N)"
     if grouped:
         groups = B.shape[-2] if B.dim() >= 2 else 0

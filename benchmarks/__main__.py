@@ -1,0 +1,23 @@
+"""`python -m benchmarks COMMAND`."""
+
+import typer
+from transformers.utils import logging
+
+from benchmarks.cpu_generate import cpu_generate
+from benchmarks.cpu_training import cpu_training
+
+app = typer.Typer(
+    help="Side-by-side measurements of hf_mamba and its peers; slower cells are shown too.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command("cpu-training", epilog="Example: python -m benchmarks cpu-training --lengths 128,256,512")(cpu_training)
+app.command("cpu-generate", epilog="Example: python -m benchmarks cpu-generate --models mamba2 --prompts 512")(
+    cpu_generate
+)
+
+if __name__ == "__main__":
+    # the native classes warn about each compiled kernel that they miss; the record lists the packages instead
+    logging.set_verbosity_error()
+    app(prog_name="python -m benchmarks")

@@ -1,0 +1,106 @@
+"""The linear recurrence h[t] = decay[t] * h[t - 1] + b[t] over a tile, and the tokens where sequences start and end."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Marked", "Marks", "empty_sequences", "marks_of", "recurrence_", "walks"]
+
+
+def walks(device: torch.device) -> bool:
+    """Whether to walk through time one token after the other: not in a traced graph, and not where launches are dear."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def recurrence_(h: Tensor, decay: Tensor, reverse: bool = False) -> None:
+    """In place, h[t] += decay[t] * h[t - 1] from the second token on; reverse: h[t] += decay[t + 1] * h[t + 1].
+
+    h and decay are (T, …) of one shape. No division and no product of decays grows, so any decays up to 1 are safe.
+    """
+    if not walks(h.device):
+        if reverse:
+            h.copy_(_log_depth_recurrence(h.flip(0), decay.roll(-1, 0).flip(0)).flip(0))
+        else:
+            h.copy_(_log_depth_recurrence(h, decay))
+        return
+    states, decays = h.unbind(0), decay.unbind(0)
+    if reverse:
+        for t in range(len(states) - 2, -1, -1):
+            states[t].addcmul_(decays[t + 1], states[t + 1])
+    else:
+        for t in range(1, len(states)):
+            states[t].addcmul_(decays[t], states[t - 1])
+
+
+def _log_depth_recurrence(h: Tensor, decay: Tensor) -> Tensor:
+    """The forward recurrence by odd-even reduction (Blelloch 1990, section 1.4): O(T) work in O(log T) operations."""
+    length = h.shape[0]
+    if length == 1:
+        return h
+    pairs = length // 2
+    left, right = slice(0, 2 * pairs, 2), slice(1, None, 2)
+    odd = _log_depth_recurrence(torch.addcmul(h[right], decay[right], h[left]), decay[right] * decay[left])
+    even = torch.addcmul(h[2::2], decay[2::2], odd[: (length - 1) // 2])
+    even = torch.cat([h[:1], even])
+    both = torch.stack([even[:pairs], odd], dim=1).flatten(0, 1)
+    return both if length % 2 == 0 else torch.cat([both, even[-1:]])
+
+
+class Marked(NamedTuple):
+    """The marked tokens of a tile."""
+
+    rows: Tensor  # (k,) int64, positions in the tile flattened over token and batch
+    states: Tensor | None  # (k,) int64, the row of the states that belongs to each
+    really: Tensor | None  # (k, 1, 1, 1) bool, which of them are marked indeed; None for all
+
+    def keep(self, value: Tensor) -> Tensor:
+        """`value` (k, G, N, M), 0 at tokens that are not really marked."""
+        return value if self.really is None else torch.where(self.really, value, 0)
+
+    def clear_(self, tile: Tensor) -> None:
+        """Set the marked tokens of `tile` (T, B, G, N, M) to 0."""
+        if self.really is None:
+            tile.flatten(0, 1).index_fill_(0, self.rows, 0)
+        else:
+            tile.flatten(0, 1).masked_fill_(self.really, 0)
+
+
+class Marks:
+    """The tokens at which something happens to the state: a sequence starts or ends."""
+
+    def __init__(self, mask: Tensor, sequence: Tensor | None) -> None:
+        """`mask` (L, B) bool; `sequence` (L,) int64, the row of the states of each token, if there is one per sequence."""
+        self.mask = mask
+        self.sequence = sequence
+
+    def within(self, start: int, end: int) -> Marked | None:
+        """The marked tokens from start to end, None if there are none.
+
+        Reading which tokens are marked costs nothing on a CPU. Elsewhere it would wait for the device, and in a traced
+        graph shapes would depend on data, so there every token is listed, with a mask.
+        """
+        mask = self.mask[start:end].flatten()
+        sequence = None if self.sequence is None else self.sequence[start:end]
+        if not walks(mask.device):
+            return Marked(torch.arange(mask.shape[0], device=mask.device), sequence, mask[:, None, None, None])
+        rows = mask.nonzero().squeeze(1)
+        if rows.shape[0] == 0:
+            return None
+        return Marked(rows, None if sequence is None else sequence[rows], None)
+
+
+def marks_of(starts: Tensor | None, sequence: Tensor | None) -> tuple[Marks | None, Marks | None]:
+    """Marks of the first token of every sequence and, if there is a state per sequence, of the last; `starts` (B, L) bool."""
+    if starts is None:
+        return None, None
+    begins = starts.transpose(0, 1)
+    if sequence is None:
+        return Marks(begins, None), None
+    ends = torch.cat([begins[1:], torch.ones_like(begins[:1])])
+    return Marks(begins, sequence), Marks(ends, sequence)
+
+
+def empty_sequences(sequence: Tensor, n_states: int) -> Tensor:
+    """(S,) bool, which sequences have no token; `sequence` (L,) int64."""
+    return torch.ones(n_states, dtype=torch.bool, device=sequence.device).index_fill(0, sequence, False)

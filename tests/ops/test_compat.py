@@ -1,0 +1,879 @@
+"""The de-facto names, signatures and layouts of the CUDA packages, against formulas written out here in fp64."""
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv1d, linear, pad, silu, softplus
+
+from mamba_kernels import compat
+from mamba_kernels.compat import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    causal_conv1d_varlen_states,
+    layer_norm_fn,
+    mamba_chunk_scan_combined,
+    mamba_inner_fn,
+    mamba_split_conv1d_scan_combined,
+    rms_norm_fn,
+    rmsnorm_fn,
+    selective_scan_fn,
+    selective_state_update,
+)
+
+from .comparison import assert_matches
+from .oracle import Tensors, compare_with_oracle
+
+BATCH, WIDTH, LENGTH, SIZE, RANK, MODEL = 2, 6, 20, 3, 2, 5
+INF = math.inf
+
+SIGNATURES = {
+    "selective_scan_fn": "u delta A B C D=None z=None delta_bias=None delta_softplus=False return_last_state=False",
+    "mamba_inner_fn": "xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight out_proj_bias A B=None "
+    "C=None D=None delta_bias=None B_proj_bias=None C_proj_bias=None delta_softplus=True checkpoint_lvl=1 "
+    "b_rms_weight=None c_rms_weight=None dt_rms_weight=None b_c_dt_rms_eps=1e-06",
+    "selective_state_update": "state x dt A B C D=None z=None dt_bias=None dt_softplus=False state_batch_indices=None",
+    "mamba_chunk_scan_combined": "x dt A B C chunk_size D=None z=None dt_bias=None initial_states=None seq_idx=None "
+    "cu_seqlens=None dt_softplus=False dt_limit=(0.0,inf) return_final_states=False return_varlen_states=False "
+    "state_dtype=None",
+    "mamba_split_conv1d_scan_combined": "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size initial_states=None "
+    "seq_idx=None dt_limit=(0.0,inf) return_final_states=False activation='silu' rmsnorm_weight=None rmsnorm_eps=1e-06 "
+    "outproj_weight=None outproj_bias=None headdim=None ngroups=1 norm_before_gate=True state_dtype=None",
+    "causal_conv1d_fn": "x weight bias=None seq_idx=None initial_states=None return_final_states=False "
+    "final_states_out=None activation=None",
+    "causal_conv1d_update": "x conv_state weight bias=None activation=None cache_seqlens=None conv_state_indices=None",
+    "causal_conv1d_varlen_states": "x cu_seqlens state_len",
+    "rmsnorm_fn": "x weight bias z=None eps=1e-06 group_size=None norm_before_gate=True",
+    "rms_norm_fn": "x weight bias residual=None x1=None weight1=None bias1=None eps=1e-06 dropout_p=0.0 rowscale=None "
+    "prenorm=False residual_in_fp32=False return_dropout_mask=False",
+    "layer_norm_fn": "x weight bias residual=None x1=None weight1=None bias1=None eps=1e-06 dropout_p=0.0 rowscale=None "
+    "prenorm=False residual_in_fp32=False is_rms_norm=False return_dropout_mask=False",
+}
+
+
+@pytest.mark.parametrize("name", compat.__all__)
+def test_signature(name: str) -> None:
+    parameters = inspect.signature(getattr(compat, name)).parameters.values()
+    found = [p.name if p.default is p.empty else f"{p.name}={p.default!r}".replace(" ", "") for p in parameters]
+    assert found == SIGNATURES[name].split()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) * 1009 + seed))
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Any:
+    """The recurrence of Mamba, channel-first."""
+    batch, channels, length = u.shape
+
+    def at(value: Tensor, t: int) -> Tensor:
+        if value.dim() == 2:
+            return value
+        grouped = value[:, None] if value.dim() == 3 else value
+        return grouped[..., t].repeat_interleave(channels // grouped.shape[1], dim=1)
+
+    step = delta if delta_bias is None else delta + delta_bias[:, None]
+    step = softplus(step) if delta_softplus else step
+    state = u.new_zeros(batch, channels, A.shape[1])
+    ys = []
+    for t in range(length):
+        state = torch.exp(step[..., t, None] * A) * state + (step[..., t] * u[..., t])[..., None] * at(B, t)
+        ys.append((state * at(C, t)).sum(-1))
+    y = torch.stack(ys, -1)
+    if D is not None:
+        y = y + D[:, None] * u
+    if z is not None:
+        y = y * silu(z)
+    return (y, state) if return_last_state else y
+
+
+def scan_tensors(B: str = "(B, N, L)", C: str = "(B, N, L)", options: bool = True) -> Tensors:
+    shapes = {"(D, N)": (WIDTH, SIZE), "(B, N, L)": (BATCH, SIZE, LENGTH), "(B, G, N, L)": (BATCH, 2, SIZE, LENGTH)}
+    tensors: Tensors = {
+        "u": randn(BATCH, WIDTH, LENGTH),
+        "delta": randn(BATCH, WIDTH, LENGTH, seed=1).abs(),
+        "A": -randn(WIDTH, SIZE).abs(),
+        "B": randn(*shapes[B], seed=2),
+        "C": randn(*shapes[C], seed=3),
+    }
+    if options:
+        tensors |= {"D": randn(WIDTH), "z": randn(BATCH, WIDTH, LENGTH, seed=4), "delta_bias": randn(WIDTH, seed=5)}
+    return tensors
+
+
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "all options"])
+@pytest.mark.parametrize(
+    ("B", "C"),
+    [
+        ("(B, N, L)", "(B, N, L)"),
+        ("(B, G, N, L)", "(B, G, N, L)"),
+        ("(D, N)", "(D, N)"),
+        ("(D, N)", "(B, N, L)"),
+        ("(B, G, N, L)", "(D, N)"),
+    ],
+)
+def test_selective_scan_fn(B: str, C: str, options: bool) -> None:
+    kwargs = {"delta_softplus": options, "return_last_state": options}
+    compare_with_oracle(selective_scan_fn, scan, scan_tensors(B, C, options), torch.float32, **kwargs)
+
+
+def test_selective_scan_fn_keeps_the_layout_of_delta() -> None:
+    tensors = scan_tensors()
+    assert selective_scan_fn(**tensors).is_contiguous()
+    tensors["delta"] = tensors["delta"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert selective_scan_fn(**tensors).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C"])
+def test_complex_is_refused(name: str) -> None:
+    tensors = scan_tensors("(D, N)", "(D, N)")
+    tensors[name] = tensors[name].cfloat()
+    with pytest.raises(TypeError, match=f"`{name}` is complex .complex64., which is not supported"):
+        selective_scan_fn(**tensors)
+
+
+def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * weight
+
+
+def inner(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
+    """A Mamba block as its modules would compute it one after the other, with Falcon-Mamba's norms where inference has them."""
+    x, z = xz.chunk(2, dim=1)
+    taps = conv1d_weight.shape[-1]
+    x = silu(conv1d(pad(x, (taps - 1, 0)), conv1d_weight, conv1d_bias, groups=x.shape[1]))
+    projected = linear(x.transpose(1, 2), x_proj_weight)
+    dt, rest = projected[..., :RANK], projected[..., RANK:]
+    if dt_rms_weight is not None:
+        dt = rms(dt, dt_rms_weight, b_c_dt_rms_eps)
+    if B is None:
+        B, rest = rest[..., :SIZE], rest[..., SIZE:]
+        B = B if B_proj_bias is None else B + B_proj_bias
+        B = (B if b_rms_weight is None else rms(B, b_rms_weight, b_c_dt_rms_eps)).transpose(1, 2)
+    if C is None:
+        C = rest if C_proj_bias is None else rest + C_proj_bias
+        C = (C if c_rms_weight is None else rms(C, c_rms_weight, b_c_dt_rms_eps)).transpose(1, 2)
+    delta = linear(dt, delta_proj_weight).transpose(1, 2)
+    y = scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+
+
+def inner_tensors(*options: str) -> Tensors:
+    rows = RANK + SIZE * (("B" not in options) + ("C" not in options))
+    tensors: Tensors = {
+        "xz": randn(BATCH, 2 * WIDTH, LENGTH),
+        "conv1d_weight": randn(WIDTH, 1, 4),
+        "conv1d_bias": None,
+        "x_proj_weight": randn(rows, WIDTH),
+        "delta_proj_weight": randn(WIDTH, RANK),
+        "out_proj_weight": randn(MODEL, WIDTH),
+        "out_proj_bias": None,
+        "A": -randn(WIDTH, SIZE).abs(),
+    }
+    shapes = {
+        "conv1d_bias": (WIDTH,),
+        "out_proj_bias": (MODEL,),
+        "B": (WIDTH, SIZE),
+        "C": (WIDTH, SIZE),
+        "D": (WIDTH,),
+        "delta_bias": (WIDTH,),
+        "B_proj_bias": (SIZE,),
+        "C_proj_bias": (SIZE,),
+        "b_rms_weight": (SIZE,),
+        "c_rms_weight": (SIZE,),
+        "dt_rms_weight": (RANK,),
+    }
+    return tensors | {name: randn(*shapes[name], seed=seed) for seed, name in enumerate(options)}
+
+
+INNER = {
+    "plain": (),
+    "biases": ("conv1d_bias", "out_proj_bias", "D", "delta_bias", "B_proj_bias", "C_proj_bias"),
+    "falcon": ("conv1d_bias", "D", "delta_bias", "b_rms_weight", "c_rms_weight", "dt_rms_weight"),
+    "norms after biases": ("B_proj_bias", "C_proj_bias", "b_rms_weight", "c_rms_weight"),
+    "only dt norm": ("dt_rms_weight",),
+    "constant B": ("B", "C_proj_bias", "c_rms_weight"),
+    "constant C": ("C", "D", "b_rms_weight"),
+    "constant both": ("B", "C", "D", "delta_bias"),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_mamba_inner_fn(name: str) -> None:
+    compare_with_oracle(mamba_inner_fn, inner, inner_tensors(*INNER[name]), torch.float32, b_c_dt_rms_eps=1e-3)
+
+
+def test_mamba_inner_fn_checkpoint_level() -> None:
+    tensors = inner_tensors(*INNER["falcon"])
+    assert torch.equal(mamba_inner_fn(**tensors, checkpoint_lvl=0), mamba_inner_fn(**tensors, checkpoint_lvl=1))
+
+
+def test_mamba_inner_fn_takes_transformers_ones_for_dt() -> None:
+    tensors = inner_tensors("b_rms_weight", "c_rms_weight")
+    expected = mamba_inner_fn(**tensors, dt_rms_weight=torch.ones(RANK))
+    assert torch.equal(mamba_inner_fn(**tensors, dt_rms_weight=torch.ones(WIDTH)), expected)
+    assert not torch.allclose(mamba_inner_fn(**tensors), expected)
+
+
+def test_mamba_inner_fn_under_autocast() -> None:
+    tensors = inner_tensors(*INNER["falcon"])
+    expected = mamba_inner_fn(**tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mamba_inner_fn(**tensors)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
+
+
+INNER_ERRORS = {
+    "complex A": ({"A": torch.ones(WIDTH, SIZE).cfloat()}, (), TypeError, "`A` is complex"),
+    "xz": (
+        {"xz": randn(BATCH, WIDTH, LENGTH)},
+        (),
+        ValueError,
+        r"`xz` must have shape \(B, 2 D, L\) = \(any, 12, any\)",
+    ),
+    "x_proj rows": (
+        {"B": torch.ones(WIDTH, SIZE)},
+        (),
+        ValueError,
+        r"`x_proj_weight` must have shape \(R \+ N rows for each of B, C not given, D\) = \(5, 6\), got \(8, 6\)",
+    ),
+    "checkpoint_lvl": ({"checkpoint_lvl": 2}, (), ValueError, "`checkpoint_lvl` must be 0 or 1, got 2"),
+    "norm of a given B": (
+        {"b_rms_weight": torch.ones(SIZE)},
+        ("B",),
+        ValueError,
+        "`b_rms_weight` applies to the projected B",
+    ),
+    "bias of a given C": (
+        {"C_proj_bias": torch.ones(SIZE)},
+        ("C",),
+        ValueError,
+        "`C_proj_bias` applies to the projected C",
+    ),
+    "wide dt norm": (
+        {"dt_rms_weight": torch.full((WIDTH,), 2.0)},
+        (),
+        ValueError,
+        r"`dt_rms_weight` of shape \(6,\) must be a constant of ones.* pass a weight of shape \(2,\)",
+    ),
+    "wide dt norm that learns": (
+        {"dt_rms_weight": torch.ones(WIDTH, requires_grad=True)},
+        (),
+        ValueError,
+        "must be a constant of ones",
+    ),
+    "dt norm": ({"dt_rms_weight": torch.ones(4)}, (), ValueError, r"`dt_rms_weight` must have shape \(R,\) = \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("name", INNER_ERRORS)
+def test_mamba_inner_fn_errors(name: str) -> None:
+    changes, options, error, message = INNER_ERRORS[name]
+    with pytest.raises(error, match=message):
+        mamba_inner_fn(**(inner_tensors(*options) | changes))
+
+
+HEADS, HEAD_DIM, GROUPS = 4, 5, 2
+
+
+def heads_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    starts: tuple[int, ...] = (),
+    ends: tuple[int, ...] = (),
+) -> Any:
+    """SSD token by token: y, the last state, and the states after the tokens `ends`; zero again at the tokens `starts`."""
+    step = dt if dt_bias is None else dt + dt_bias
+    step = (softplus(step) if dt_softplus else step).clamp(*dt_limit)
+    repeat = x.shape[2] // B.shape[2]
+    B, C = B.repeat_interleave(repeat, 2), C.repeat_interleave(repeat, 2)
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3]) if initial_states is None else initial_states
+    ys, kept = [], []
+    for t in range(x.shape[1]):
+        if t in starts:
+            state = torch.zeros_like(state)
+        decay = torch.exp(step[:, t] * A)[..., None, None]
+        state = decay * state + torch.einsum("bh,bhp,bhn->bhpn", step[:, t], x[:, t], B[:, t])
+        ys.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]))
+        if t + 1 in ends:
+            kept.append(state)
+    y = torch.stack(ys, 1)
+    if D is not None:
+        y = y + x * (D if D.dim() == 2 else D[:, None])
+    if z is not None:
+        y = y * silu(z)
+    return (y, state, torch.cat(kept)) if ends else (y, state)
+
+
+def heads_tensors(batch: int, *options: str, D: str = "(H,)") -> Tensors:
+    tensors: Tensors = {
+        "x": randn(batch, LENGTH, HEADS, HEAD_DIM),
+        "dt": randn(batch, LENGTH, HEADS).abs(),
+        "A": -randn(HEADS).abs(),
+        "B": randn(batch, LENGTH, GROUPS, SIZE),
+        "C": randn(batch, LENGTH, GROUPS, SIZE, seed=1),
+    }
+    if "D" in options:
+        tensors["D"] = randn(HEADS) if D == "(H,)" else randn(HEADS, HEAD_DIM)
+    if "z" in options:
+        tensors["z"] = randn(batch, LENGTH, HEADS, HEAD_DIM, seed=2)
+    if "dt_bias" in options:
+        tensors["dt_bias"] = randn(HEADS, seed=3)
+    if "initial_states" in options:
+        tensors["initial_states"] = randn(batch, HEADS, HEAD_DIM, SIZE)
+    return tensors
+
+
+@pytest.mark.parametrize("D", ["(H,)", "(H, P)"], ids=lambda d: f"D {d}")
+@pytest.mark.parametrize(
+    "softplus_limit", [(False, (0.0, INF)), (True, (0.3, 0.8))], ids=["plain", "softplus, limits"]
+)
+def test_mamba_chunk_scan_combined(softplus_limit: tuple[bool, tuple[float, float]], D: str) -> None:
+    tensors = heads_tensors(BATCH, "D", "z", "dt_bias", "initial_states", D=D)
+    kwargs: dict[str, Any] = {"dt_softplus": softplus_limit[0], "dt_limit": softplus_limit[1]}
+
+    def run(**arguments: Any) -> Any:
+        return mamba_chunk_scan_combined(**arguments, chunk_size=8, return_final_states=True)
+
+    compare_with_oracle(run, heads_scan, tensors, torch.float32, **kwargs)
+
+
+@pytest.mark.parametrize("bounds", [(0, 20), (0, 3, 12, 20), (0, 19, 20)], ids=str)
+@pytest.mark.parametrize("with_seq_idx", [False, True], ids=["cu_seqlens", "both"])
+def test_varlen_states_with_initial_state_in_the_first_chunk(bounds: tuple[int, ...], with_seq_idx: bool) -> None:
+    tensors = heads_tensors(1, "D", "initial_states")
+    kwargs: dict[str, Any] = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
+    if with_seq_idx:
+        counts = torch.tensor(bounds).diff()
+        kwargs["seq_idx"] = torch.repeat_interleave(torch.arange(len(counts)), counts)[None].int()
+
+    def run(**arguments: Any) -> Any:
+        return mamba_chunk_scan_combined(
+            **arguments, **kwargs, chunk_size=256, return_final_states=True, return_varlen_states=True
+        )
+
+    def oracle(**arguments: Any) -> Any:
+        return heads_scan(**arguments, starts=bounds[1:-1], ends=bounds[1:])
+
+    compare_with_oracle(run, oracle, tensors, torch.float32)
+
+
+def test_chunk_scan_result_tuple() -> None:
+    tensors = heads_tensors(1, "initial_states")
+    cu_seqlens = torch.tensor([0, 5, 20, 20])
+    full = mamba_chunk_scan_combined(
+        **tensors, chunk_size=8, cu_seqlens=cu_seqlens, return_final_states=True, return_varlen_states=True
+    )
+    out, final, varlen = full
+    # the sequence that ends the row is the last with tokens, not the empty one after it
+    assert torch.equal(final[0], varlen[1]) and not varlen[2].any()
+    only = mamba_chunk_scan_combined(**tensors, chunk_size=8, cu_seqlens=cu_seqlens, return_varlen_states=True)
+    assert len(only) == 2 and torch.equal(only[1], varlen)
+    assert torch.equal(mamba_chunk_scan_combined(**tensors, chunk_size=8, cu_seqlens=cu_seqlens), out)
+    half = mamba_chunk_scan_combined(
+        **tensors, chunk_size=8, cu_seqlens=cu_seqlens, return_varlen_states=True, state_dtype=torch.bfloat16
+    )
+    assert half[1].dtype == torch.bfloat16 and final.dtype == varlen.dtype == torch.float32
+
+
+def test_chunk_scan_errors() -> None:
+    tensors = heads_tensors(1)
+    for changes, error, message in (
+        ({"A": tensors["A"].cfloat()}, TypeError, "`A` is complex"),
+        ({"return_varlen_states": True}, ValueError, "`return_varlen_states` needs `cu_seqlens`"),
+        ({"state_dtype": torch.int8}, TypeError, "`state_dtype` must be a floating dtype or None"),
+        (
+            {"initial_states": torch.ones(2, HEADS, HEAD_DIM, SIZE)},
+            ValueError,
+            r"`initial_states` must have shape \(B, H",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 5, 20]), "seq_idx": torch.zeros(1, LENGTH).int()},
+            ValueError,
+            "`seq_idx` and `cu_seqlens` describe different sequences",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            mamba_chunk_scan_combined(**(tensors | changes), chunk_size=8)
+
+
+def split_oracle(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    initial_states: Tensor | None = None,
+    rmsnorm_weight: Tensor | None = None,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    norm_before_gate: bool = True,
+    activation: str | None = "silu",
+    border: int | None = None,
+    dt_limit: tuple[float, float] = (0.0, INF),
+) -> Any:
+    """A Mamba-2 block from its parts; the sequence starts anew at the token `border`."""
+    width, channels = HEADS * HEAD_DIM, conv1d_weight.shape[0]
+    mlp = (zxbcdt.shape[2] - width - channels - HEADS) // 2
+    z0, x0, z, xBC, dt = zxbcdt.split([mlp, mlp, width, channels, HEADS], dim=-1)
+    taps = conv1d_weight.shape[1]
+    pieces = [xBC] if border is None else [xBC[:, :border], xBC[:, border:]]
+    xBC = torch.cat(
+        [
+            conv1d(pad(p.transpose(1, 2), (taps - 1, 0)), conv1d_weight[:, None], conv1d_bias, groups=channels)
+            for p in pieces
+        ],
+        dim=-1,
+    ).transpose(1, 2)
+    xBC = xBC if activation is None else silu(xBC)
+    x, B, C = xBC.split([width, GROUPS * SIZE, GROUPS * SIZE], dim=-1)
+    y, state = heads_scan(
+        x.unflatten(-1, (HEADS, HEAD_DIM)),
+        dt,
+        A,
+        B.unflatten(-1, (GROUPS, SIZE)),
+        C.unflatten(-1, (GROUPS, SIZE)),
+        D=D,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        dt_softplus=True,
+        dt_limit=dt_limit,
+        starts=() if border is None else (border,),
+    )
+    y = y.flatten(2)
+    if rmsnorm_weight is None:
+        y = y * silu(z)
+    else:
+        y = y if norm_before_gate else y * silu(z)
+        y = rms(y.unflatten(-1, (GROUPS, -1)), None, 1e-3).flatten(2) * rmsnorm_weight
+        y = y * silu(z) if norm_before_gate else y
+    y = torch.cat([silu(z0) * x0, y], dim=-1)
+    return (y if outproj_weight is None else linear(y, outproj_weight, outproj_bias)), state
+
+
+def split_tensors(*options: str, mlp: int = 0) -> Tensors:
+    width = HEADS * HEAD_DIM
+    channels = width + 2 * GROUPS * SIZE
+    tensors: Tensors = {
+        "zxbcdt": randn(BATCH, LENGTH, 2 * mlp + width + channels + HEADS),
+        "conv1d_weight": randn(channels, 4),
+        "conv1d_bias": randn(channels) if "conv1d_bias" in options else None,
+        "dt_bias": randn(HEADS) if "dt_bias" in options else None,
+        "A": -randn(HEADS).abs(),
+        "D": None if "no D" in options else randn(HEADS, HEAD_DIM) if "D (H, P)" in options else randn(HEADS),
+    }
+    if "rmsnorm_weight" in options:
+        tensors["rmsnorm_weight"] = randn(width)
+    if "outproj" in options:
+        tensors |= {"outproj_weight": randn(MODEL, mlp + width), "outproj_bias": randn(MODEL)}
+    if "initial_states" in options:
+        tensors["initial_states"] = randn(BATCH, HEADS, HEAD_DIM, SIZE)
+    return tensors
+
+
+SPLIT: dict[str, tuple[tuple[str, ...], int, dict[str, Any]]] = {
+    "plain gate": ((), 0, {}),
+    "norm first": (("rmsnorm_weight", "dt_bias"), 0, {}),
+    "gate first": (("rmsnorm_weight", "conv1d_bias", "D (H, P)"), 0, {"norm_before_gate": False}),
+    "out projection": (("rmsnorm_weight", "outproj"), 0, {}),
+    "gated MLP beside": (("rmsnorm_weight", "outproj"), 3, {}),
+    "gated MLP, no projection": ((), 3, {}),
+    "no D, no activation": (("no D",), 0, {"activation": None}),
+    "initial state": (("initial_states", "dt_bias"), 0, {}),
+    "packed": (("initial_states", "conv1d_bias", "rmsnorm_weight"), 0, {"border": 7}),
+    "limits": (("dt_bias",), 0, {"dt_limit": (0.3, 0.8)}),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_mamba_split_conv1d_scan_combined(name: str) -> None:
+    options, mlp, kwargs = SPLIT[name]
+
+    def run(border: int | None = None, **arguments: Any) -> Any:
+        if border is not None:
+            arguments["seq_idx"] = (torch.arange(LENGTH) >= border).int().expand(BATCH, -1)
+        return mamba_split_conv1d_scan_combined(
+            **arguments,
+            chunk_size=8,
+            headdim=HEAD_DIM,
+            ngroups=GROUPS,
+            rmsnorm_eps=1e-3,
+            return_final_states=True,
+        )
+
+    compare_with_oracle(run, split_oracle, split_tensors(*options, mlp=mlp), torch.float32, **kwargs)
+
+
+def test_split_without_states_returns_a_tensor() -> None:
+    tensors = split_tensors()
+    out = mamba_split_conv1d_scan_combined(**tensors, chunk_size=8, headdim=HEAD_DIM, ngroups=GROUPS)
+    assert isinstance(out, Tensor) and out.shape == (BATCH, LENGTH, HEADS * HEAD_DIM)
+
+
+def test_split_errors() -> None:
+    tensors = split_tensors()
+    for changes, error, message in (
+        ({"A": tensors["A"].cfloat()}, TypeError, "`A` is complex"),
+        ({"headdim": None}, ValueError, "`headdim` is needed unless `D` has shape"),
+        ({"D": torch.ones(HEADS, 3)}, ValueError, r"`headdim` is 5 but `D` has shape \(4, 3\)"),
+        ({"ngroups": 3}, ValueError, "with G a divisor of H; got 32 channels for H = 4, P = 5, G = 3"),
+        ({"zxbcdt": tensors["zxbcdt"][..., 1:]}, ValueError, r"2 M \+ 20 \+ 32 \+ 4 .* with M >= 0, got 55"),
+        ({"outproj_bias": torch.ones(MODEL)}, ValueError, "`outproj_bias` needs `outproj_weight`"),
+        ({"rmsnorm_weight": torch.ones(3)}, ValueError, r"`rmsnorm_weight` must have shape \(D',\) = \(20\)"),
+        ({"state_dtype": torch.int8}, TypeError, "`state_dtype` must be a floating dtype or None"),
+    ):
+        arguments = {"chunk_size": 8, "headdim": HEAD_DIM, "ngroups": GROUPS} | tensors | changes
+        with pytest.raises(error, match=message):
+            mamba_split_conv1d_scan_combined(**arguments)
+
+
+def step_tensors(heads: bool) -> Tensors:
+    channel = (HEADS, HEAD_DIM) if heads else (WIDTH,)
+    per_token = (BATCH, GROUPS, SIZE) if heads else (BATCH, SIZE)
+    return {
+        "state": randn(BATCH, *channel, SIZE),
+        "x": randn(BATCH, *channel),
+        "dt": randn(BATCH, *channel, seed=1).abs(),
+        "A": -randn(*channel, SIZE, seed=2).abs(),
+        "B": randn(*per_token, seed=3),
+        "C": randn(*per_token, seed=4),
+        "D": randn(*channel, seed=5),
+        "z": randn(BATCH, *channel, seed=6),
+        "dt_bias": randn(*channel, seed=7),
+    }
+
+
+def step_oracle(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    step = dt if dt_bias is None else dt + dt_bias
+    step = softplus(step) if dt_softplus else step
+    if x.dim() == 3:
+        B, C = (v.repeat_interleave(x.shape[1] // v.shape[1], 1)[:, :, None] for v in (B, C))
+    else:
+        B, C = B[:, None], C[:, None]
+    state = torch.exp(step[..., None] * A) * state + (step * x)[..., None] * B
+    y = (state * C).sum(-1)
+    y = y if D is None else y + D * x
+    return (y if z is None else y * silu(z)), state
+
+
+@pytest.mark.parametrize("without", [(), ("D",), ("dt_bias",), ("z",), ("D", "z", "dt_bias")], ids="-".join)
+@pytest.mark.parametrize("dt_softplus", [False, True], ids=["plain", "softplus"])
+@pytest.mark.parametrize("layout", ["no heads", "heads", "tied heads"])
+def test_selective_state_update(layout: str, dt_softplus: bool, without: tuple[str, ...]) -> None:
+    tensors = step_tensors(layout != "no heads")
+    if layout == "tied heads":
+        tensors["A"] = tensors["A"][:, :1, :1].expand(-1, HEAD_DIM, SIZE)
+        tensors["dt"] = tensors["dt"][..., :1].expand(-1, -1, HEAD_DIM)
+        tensors["dt_bias"] = tensors["dt_bias"][..., :1].expand(-1, HEAD_DIM)
+    tensors |= dict.fromkeys(without)
+    wide = {name: None if t is None else t.double() for name, t in tensors.items()}
+    y, state = step_oracle(**wide, dt_softplus=dt_softplus)
+    assert_matches(selective_state_update(**tensors, dt_softplus=dt_softplus), y)
+    assert_matches(tensors["state"], state, name="state")
+
+
+@pytest.mark.parametrize("layout", ["no heads", "heads", "strided heads"])
+def test_selective_state_update_rows(layout: str) -> None:
+    tensors = step_tensors(layout != "no heads")
+    pool = randn(5, *tensors["state"].shape[1:])
+    if layout == "strided heads":
+        # heads and channels cannot be merged into one dimension by a view
+        pool = pool.transpose(1, 2).contiguous().transpose(1, 2)
+    before = pool.clone()
+    tensors["state"] = before[torch.tensor([3, 0])].double()
+    wide = {name: t.double() for name, t in tensors.items()}
+    y, state = step_oracle(**wide, dt_softplus=True)
+    tensors["state"] = pool
+    indices = torch.tensor([3, -1], dtype=torch.int32)
+    out = selective_state_update(**tensors, dt_softplus=True, state_batch_indices=indices)
+    assert_matches(out[0], y[0])
+    assert not out[1].any()
+    assert_matches(pool[3], state[0])
+    others = [0, 1, 2, 4]
+    assert torch.equal(pool[others], before[others])
+
+
+def test_very_negative_step_agrees_with_the_parallel_op() -> None:
+    tensors = step_tensors(False)
+    tensors["state"] = torch.zeros_like(tensors["state"])
+    tensors["dt"] = torch.full_like(tensors["dt"], -20.0)
+    tensors |= {"dt_bias": None, "D": None, "z": None}
+    y = selective_state_update(**tensors, dt_softplus=True)
+    assert y.abs().max() > 1e-10
+    wide = {name: None if t is None else t.double() for name, t in tensors.items()}
+    wide["state"] = torch.zeros_like(wide["state"])
+    assert_matches(y, step_oracle(**wide, dt_softplus=True)[0])
+
+
+def test_selective_state_update_errors() -> None:
+    tensors = step_tensors(True)
+    for changes, error, message in (
+        ({"A": tensors["A"].cfloat()}, TypeError, "`A` is complex"),
+        ({"state": tensors["state"][0, 0]}, ValueError, r"`state` must have shape \(S, D, N\) or \(S, H, P, N\)"),
+        ({"x": tensors["x"][:, 0]}, ValueError, r"`x` must have shape \(B, H, P\) = \(any, 4, 5\)"),
+        ({"A": tensors["A"][:, 0]}, ValueError, r"`A` must have shape \(H, P, N\)"),
+        ({"D": torch.ones(HEADS)}, ValueError, r"`D` must have shape \(H, P\) = \(4, 5\), got \(4,\)"),
+        ({"x": tensors["x"].clone().requires_grad_()}, RuntimeError, "`x` requires one"),
+    ):
+        with pytest.raises(error, match=message):
+            selective_state_update(**(tensors | changes))
+
+
+def conv_oracle(x: Tensor, weight: Tensor, bias: Tensor, initial_states: Tensor) -> tuple[Tensor, Tensor]:
+    full = torch.cat([initial_states, x], dim=-1)
+    return silu(conv1d(full, weight[:, None], bias, groups=x.shape[1])), full[..., -(weight.shape[1] - 1) :]
+
+
+def conv_tensors() -> Tensors:
+    return {
+        "x": randn(BATCH, WIDTH, LENGTH),
+        "weight": randn(WIDTH, 4),
+        "bias": randn(WIDTH),
+        "initial_states": randn(BATCH, WIDTH, 3),
+    }
+
+
+def test_causal_conv1d_fn() -> None:
+    def run(**arguments: Tensor) -> Any:
+        return causal_conv1d_fn(**arguments, activation="silu", return_final_states=True)
+
+    compare_with_oracle(run, conv_oracle, conv_tensors(), torch.float32)
+
+
+def test_causal_conv1d_fn_layouts_and_final_states_out() -> None:
+    tensors = conv_tensors()
+    room = torch.full((BATCH, WIDTH, 3), math.nan)
+    out, final = causal_conv1d_fn(**tensors, return_final_states=True, final_states_out=room)
+    assert final is room and torch.equal(room, tensors["x"][..., -3:])
+    assert out.is_contiguous()
+    tensors["x"] = tensors["x"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(causal_conv1d_fn(**tensors), out)
+    assert causal_conv1d_fn(**tensors).transpose(1, 2).is_contiguous()
+
+
+def test_causal_conv1d_fn_seq_idx() -> None:
+    tensors = conv_tensors()
+    seq_idx = torch.tensor([[0] * 8 + [1] * 12, [0] * 15 + [-1] * 5])
+    out = causal_conv1d_fn(**tensors, seq_idx=seq_idx, activation="swish")
+    alone = {**tensors, "x": tensors["x"][:1, :, 8:], "initial_states": torch.zeros(1, WIDTH, 3)}
+    torch.testing.assert_close(out[:1, :, 8:], conv_oracle(**alone)[0])
+    assert not out[1, :, 15:].any()
+
+
+def test_causal_conv1d_fn_errors() -> None:
+    tensors = conv_tensors()
+    for changes, message in (
+        (
+            {"final_states_out": torch.empty(BATCH, WIDTH, 3)},
+            "`final_states_out` is written only with return_final_states",
+        ),
+        ({"return_final_states": True, "final_states_out": torch.empty(1)}, "`final_states_out` must have shape"),
+        ({"weight": torch.ones(LENGTH, 4)}, r"`weight` must have shape \(D, W\) = \(6, any\)"),
+        ({"activation": "relu"}, "`activation` must be None, 'silu' or 'swish'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            causal_conv1d_fn(**(tensors | changes))
+
+
+@pytest.mark.parametrize("size", [3, 5], ids=lambda k: f"K{k}")
+@pytest.mark.parametrize("steps", [None, 1, 2, 7], ids=lambda t: f"T {t}")
+@pytest.mark.parametrize("rows", [None, [4, -1]], ids=["all rows", "indices"])
+@pytest.mark.parametrize("circular", [False, True], ids=["shift", "circular"])
+def test_causal_conv1d_update(circular: bool, rows: list[int] | None, steps: int | None, size: int) -> None:
+    weight, bias = randn(WIDTH, 4), randn(WIDTH)
+    x = randn(BATCH, WIDTH) if steps is None else randn(BATCH, WIDTH, steps)
+    new = x[..., None] if steps is None else x
+    pool = randn(BATCH if rows is None else 5, WIDTH, size)
+    before = pool.clone()
+    indices = None if rows is None else torch.tensor(rows, dtype=torch.int32)
+    seen = torch.tensor([11, 2], dtype=torch.int32) if circular else None
+    out = causal_conv1d_update(x, pool, weight, bias, "silu", seen, indices)
+    assert out.shape == x.shape
+    for b, row in enumerate(rows or range(BATCH)):
+        if row < 0:
+            assert not out[b].any()
+            continue
+        # the inputs so far from old to new
+        shift = int(seen[b]) % size if seen is not None else 0
+        history = torch.cat([torch.roll(before[row], -shift, dims=-1), new[b]], dim=-1)
+        expected, _ = conv_oracle(
+            new[b : b + 1].double(), weight.double(), bias.double(), history[None, :, size - 3 : size].double()
+        )
+        assert_matches(out[b].reshape(WIDTH, -1), expected[0])
+        shift = (shift + new.shape[-1]) % size if seen is not None else 0
+        assert torch.equal(pool[row], torch.roll(history[:, -size:], shift, dims=-1))
+    for row in set(range(len(pool))) - set(rows or range(BATCH)):
+        assert torch.equal(pool[row], before[row])
+
+
+def test_causal_conv1d_update_errors() -> None:
+    x, state, weight = randn(BATCH, WIDTH), randn(BATCH, WIDTH, 3), randn(WIDTH, 4)
+    seen = torch.zeros(BATCH).int()
+    for arguments, error, message in (
+        ((x[0], state, weight), ValueError, r"`x` must have shape \(B, D\) or \(B, D, T\)"),
+        ((x, state, weight, None, "gelu"), ValueError, "`activation` must be"),
+        ((x, state[..., 1:], weight, None, None, seen), ValueError, "must hold at least W - 1 = 3"),
+        ((x, state, weight, None, None, seen.float()), TypeError, "`cache_seqlens` must have dtype int32, int64"),
+        ((x, state, weight, None, None, seen[:1]), ValueError, r"`cache_seqlens` must have shape \(B,\) = \(2\)"),
+        ((x, state, weight.clone().requires_grad_(), None, None, seen), RuntimeError, "`weight` requires one"),
+    ):
+        with pytest.raises(error, match=message):
+            causal_conv1d_update(*arguments)
+
+
+@pytest.mark.parametrize("state_len", [0, 1, 4])
+@pytest.mark.parametrize("bounds", [[0, 10], [0, 2, 2, 9, 10], [0, 0]], ids=str)
+def test_causal_conv1d_varlen_states(bounds: list[int], state_len: int) -> None:
+    x = randn(bounds[-1], WIDTH)
+    states = causal_conv1d_varlen_states(x, torch.tensor(bounds), state_len)
+    assert states.shape == (len(bounds) - 1, WIDTH, state_len)
+    for state, a, b in zip(states, bounds, bounds[1:], strict=False):
+        assert torch.equal(state, pad(x[a:b].t(), (state_len, 0))[:, b - a : b - a + state_len])
+
+
+def test_causal_conv1d_varlen_states_errors() -> None:
+    with pytest.raises(ValueError, match="`state_len` must not be negative, got -1"):
+        causal_conv1d_varlen_states(randn(4, 2), torch.tensor([0, 4]), -1)
+    with pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to the length 4"):
+        causal_conv1d_varlen_states(randn(4, 2), torch.tensor([0, 5]), 1)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["norm first", "gate first"])
+@pytest.mark.parametrize("group_size", [None, 4], ids=lambda g: f"group {g}")
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("gate", [False, True], ids=["no gate", "gate"])
+def test_rmsnorm_fn(gate: bool, bias: bool, group_size: int | None, before: bool) -> None:
+    def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None) -> Tensor:
+        y = x if z is None or before else x * silu(z)
+        y = rms(y.unflatten(-1, (-1, group_size or 8)), None, 1e-3).flatten(-2) * weight
+        y = y if bias is None else y + bias
+        return y if z is None or not before else y * silu(z)
+
+    def run(**arguments: Tensor | None) -> Tensor:
+        return rmsnorm_fn(**arguments, eps=1e-3, group_size=group_size, norm_before_gate=before)
+
+    tensors: Tensors = {"x": randn(3, 8), "weight": randn(8), "bias": None, "z": None}
+    if bias:
+        tensors["bias"] = randn(8, seed=1)
+    if gate:
+        tensors["z"] = randn(3, 8, seed=2)
+    compare_with_oracle(run, oracle, tensors, torch.float32)
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True], ids=["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize(
+    "names", [(), ("bias", "residual"), ("x1", "residual"), ("rowscale",), ("weight1", "bias1", "x1")]
+)
+def test_layer_norm_fn(names: tuple[str, ...], is_rms_norm: bool) -> None:
+    def oracle(**t: Tensor) -> tuple[Tensor, ...]:
+        total = t["x"] * t["rowscale"][..., None] if "rowscale" in t else t["x"]
+        total = total + t.get("x1", 0.0) + t.get("residual", 0.0)
+
+        def norm(weight: Tensor, bias: Tensor | float) -> Tensor:
+            centred = total if is_rms_norm else total - total.mean(-1, keepdim=True)
+            return rms(centred, weight, 1e-3) + bias
+
+        second = (norm(t["weight1"], t["bias1"]),) if "weight1" in t else ()
+        return norm(t["weight"], t.get("bias", 0.0)), *second, total
+
+    def run(**t: Tensor) -> Any:
+        t.setdefault("bias", None)
+        if is_rms_norm:
+            return rms_norm_fn(**t, eps=1e-3, prenorm=True)
+        return layer_norm_fn(**t, eps=1e-3, prenorm=True)
+
+    shapes = {"rowscale": (3, 5), "residual": (3, 5, 8), "x1": (3, 5, 8)}
+    tensors: Tensors = {"x": randn(3, 5, 8), "weight": randn(8)}
+    tensors |= {name: randn(*shapes.get(name, (8,)), seed=i) for i, name in enumerate(names, start=1)}
+    compare_with_oracle(run, oracle, tensors, torch.float32)
+
+
+def test_layer_norm_fn_dtypes_and_dropout() -> None:
+    x, weight = randn(3, 8).bfloat16(), torch.ones(8)
+    y, total = rms_norm_fn(x, weight, None, residual=randn(3, 8), prenorm=True)
+    assert y.dtype == torch.bfloat16 and total.dtype == torch.float32
+    y, total = rms_norm_fn(x, weight, None, prenorm=True, residual_in_fp32=True)
+    assert total.dtype == torch.float32
+    assert isinstance(rms_norm_fn(x, weight, None), Tensor)
+    _, total = layer_norm_fn(torch.ones(1000, 8), weight, None, dropout_p=0.5, prenorm=True)
+    kept = total != 0
+    assert (total[kept] == 2).all() and 0.4 < kept.float().mean() < 0.6
+
+
+def test_layer_norm_fn_errors() -> None:
+    x, weight = randn(3, 8), torch.ones(8)
+    for options, message in (
+        ({"return_dropout_mask": True}, "`return_dropout_mask` is not supported"),
+        ({"rowscale": torch.ones(3), "x1": x}, "`rowscale` scales a single branch"),
+        ({"bias1": weight}, "`bias1` needs `weight1`"),
+        ({"residual": x[:2]}, "`residual` must have shape"),
+    ):
+        with pytest.raises(ValueError, match=f"layer_norm_fn: {message}"):
+            layer_norm_fn(x, weight, None, **options)
+        with pytest.raises(ValueError, match=f"rms_norm_fn: {message}"):
+            rms_norm_fn(x, weight, None, **options)
+
+
+def test_compile_fullgraph() -> None:
+    tensors = split_tensors("rmsnorm_weight", "outproj")
+    options = {"chunk_size": 8, "headdim": HEAD_DIM, "ngroups": GROUPS}
+    torch._dynamo.reset()
+    compiled = torch.compile(mamba_split_conv1d_scan_combined, fullgraph=True, backend="aot_eager")
+    expected = mamba_split_conv1d_scan_combined(**tensors, **options)
+    assert_matches(compiled(**tensors, **options), expected)

@@ -1,0 +1,109 @@
+"""Packing metadata: what `seq_idx` and `cu_seqlens` mean, and the checks of both."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from mamba_kernels.packing import check_packing, cu_seqlens_to_seq_idx, resets_and_valid
+from mamba_kernels.ssd.grid import chunk_grid
+
+LAYOUTS = {
+    "one": [0, 5],
+    "several": [0, 1, 4, 10],
+    "empty in front": [0, 0, 0, 3],
+    "empty inside": [0, 2, 2, 2, 7],
+    "empty at the end": [0, 4, 4],
+    "nothing": [0, 0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_cu_seqlens_to_seq_idx(name: str, dtype: torch.dtype) -> None:
+    bounds = LAYOUTS[name]
+    expected = [number for number, (a, b) in enumerate(pairwise(bounds)) for _ in range(b - a)]
+    found = cu_seqlens_to_seq_idx(torch.tensor(bounds, dtype=dtype), bounds[-1])
+    assert found.dtype == torch.int32 and found.tolist() == [expected]
+
+
+ROWS = {
+    "one sequence": [0, 0, 0],
+    "two": [0, 0, 1, 1],
+    "numbers that return": [0, 1, 0],
+    "numbers that fall": [7, 7, 3],
+    "left padding": [-1, -1, 0, 0],
+    "right padding": [0, 0, -1],
+    "padding inside one sequence": [0, -1, 0],
+    "padding between two": [0, -1, -5, 1],
+    "only padding": [-1, -1],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_resets_and_valid(name: str) -> None:
+    row = ROWS[name]
+    resets, previous = [], None
+    for number in row:
+        resets.append(number >= 0 and previous is not None and number != previous)
+        previous = number if number >= 0 else previous
+    found, valid = resets_and_valid(torch.tensor([row], dtype=torch.int64))
+    assert found.tolist() == [resets]
+    assert valid.tolist() == [[number >= 0 for number in row]]
+
+
+def test_rows_do_not_see_each_other() -> None:
+    resets, _ = resets_and_valid(torch.tensor([[0, 0], [1, 1], [-1, 0]]))
+    assert not resets.any()
+
+
+@pytest.mark.parametrize("block", [1, 3, 64], ids=lambda b: f"block {b}")
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "nothing"])
+def test_chunk_grid(name: str, block: int) -> None:
+    bounds = LAYOUTS[name]
+    grid = chunk_grid(torch.tensor(bounds), bounds[-1], block)
+    rows = grid.tokens.view(-1, block).tolist(), grid.filled.view(-1, block).tolist()
+    chunks = [list(range(start, min(start + block, b))) for a, b in pairwise(bounds) for start in range(a, b, block)]
+    assert [[t for t, f in zip(*row, strict=True) if f] for row in zip(*rows, strict=True)] == chunks
+    starts = {a: number for number, (a, b) in enumerate(pairwise(bounds)) if b > a}
+    ends = {b: number for number, (a, b) in enumerate(pairwise(bounds)) if b > a}
+    assert grid.enter.tolist() == [starts.get(chunk[0], -1) for chunk in chunks]
+    assert grid.leave.tolist() == [ends.get(chunk[-1] + 1, len(bounds) - 1) for chunk in chunks]
+    assert grid.tokens[grid.places].tolist() == list(range(bounds[-1]))
+
+
+def test_number_of_states() -> None:
+    assert check_packing("op", 3, 4, None, None) == 3
+    assert check_packing("op", 3, 4, torch.zeros(3, 4).int(), None) == 3
+    assert check_packing("op", 1, 4, None, torch.tensor([0, 2, 2, 4])) == 3
+
+
+ERRORS: dict[str, tuple[int, int, Any, Any, type[Exception], str]] = {
+    "both": (1, 2, torch.zeros(1, 2).int(), torch.tensor([0, 2]), ValueError, "give only one of them"),
+    "list": (1, 2, [[0, 0]], None, TypeError, "`seq_idx` must be a torch.Tensor, got list"),
+    "float seq_idx": (1, 2, torch.zeros(1, 2), None, TypeError, "`seq_idx` must have dtype int32, int64, got float32"),
+    "seq_idx shape": (1, 2, torch.zeros(2).int(), None, ValueError, r"`seq_idx` must have shape \(B, L\) = \(1, 2\)"),
+    "float cu_seqlens": (1, 2, None, torch.tensor([0.0, 2.0]), TypeError, "`cu_seqlens` must have dtype"),
+    "one number": (1, 2, None, torch.tensor([0]), ValueError, r"shape \(n \+ 1,\) with n >= 1, got \(1,\)"),
+    "2-D": (1, 2, None, torch.tensor([[0, 2]]), ValueError, r"shape \(n \+ 1,\)"),
+    "batch": (2, 2, None, torch.tensor([0, 2]), ValueError, "a batch of one, got a batch of 2"),
+    "start": (
+        1,
+        2,
+        None,
+        torch.tensor([1, 2]),
+        ValueError,
+        r"from 0 to the length 2 without decreasing, got \[1, 2\]",
+    ),
+    "end": (1, 2, None, torch.tensor([0, 3]), ValueError, "from 0 to the length 2"),
+    "falls": (1, 2, None, torch.tensor([0, 3, 2]), ValueError, "without decreasing"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    batch, length, seq_idx, cu_seqlens, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        check_packing("op", batch, length, seq_idx, cu_seqlens)

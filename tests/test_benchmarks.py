@@ -1,0 +1,138 @@
+"""The measuring tools: percentiles, the gate before the clock, predictions, and one run of each command."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytestmark = pytest.mark.checkout
+
+timing = pytest.importorskip("benchmarks.timing", reason="benchmarks/ is not in the wheel")
+
+CPU = torch.device("cpu")
+
+
+def contender(name: str, value: float, calls: list[str]) -> "timing.Contender":
+    return timing.Contender(name, lambda: calls.append(name), lambda: [torch.tensor([1.0, value])])
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(0, 1.0), (20, 1.8), (50, 3.0), (80, 4.2), (100, 5.0)])
+def test_percentile_interpolates(percent: float, expected: float) -> None:
+    assert timing.percentile([5.0, 1.0, 4.0, 2.0, 3.0], percent) == pytest.approx(expected)
+
+
+def test_percentile_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one value"):
+        timing.percentile([], 50)
+
+
+def test_disagreement_is_relative_to_the_largest_value() -> None:
+    expected = [torch.tensor([0.0, 4.0]), torch.tensor([100.0])]
+    assert timing.disagreement([torch.tensor([0.2, 4.0]), torch.tensor([101.0])], expected) == pytest.approx(0.05)
+    assert timing.disagreement([torch.tensor([0.0, math.nan]), torch.tensor([100.0])], expected) == math.inf
+
+
+def test_disagreement_refuses_other_shapes() -> None:
+    with pytest.raises(ValueError, match="same shapes"):
+        timing.disagreement([torch.ones(2)], [torch.ones(3)])
+
+
+def test_a_contender_that_disagrees_is_not_timed() -> None:
+    calls: list[str] = []
+    contenders = [contender("right", 2.0, calls), contender("wrong", 2.1, calls), contender("close", 2.00001, calls)]
+    outcomes = {item.name: item for item in timing.compare(contenders, CPU, tolerance=1e-3, seconds=0.0)}
+    assert outcomes["right"].timing is not None and outcomes["close"].timing is not None
+    assert outcomes["wrong"].timing is None
+    assert "differ by 5.0e-02" in outcomes["wrong"].refusal
+    assert "wrong" not in calls
+
+
+def test_a_reference_judges_all_contenders() -> None:
+    calls: list[str] = []
+    contenders = [contender("wrong", 3.0, calls), contender("right", 2.0, calls)]
+    outcomes = timing.compare(contenders, CPU, 1e-3, 0.0, reference=lambda: [torch.tensor([1.0, 2.0])])
+    assert [outcome.timing is not None for outcome in outcomes] == [False, True]
+
+
+def test_a_quick_function_runs_at_least_three_times() -> None:
+    timings = timing.measure({"quick": lambda: None}, CPU, seconds=1e-3, max_rounds=3)
+    assert len(timings["quick"].times_ms) == len(timings["quick"].cpu_ms) == 3
+
+
+def test_rounds_alternate_between_contenders() -> None:
+    calls: list[str] = []
+    timing.measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, seconds=0.0)
+    assert calls == ["a", "b"] * 2
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [([], None), ([(128, 2.0)], 8.0), ([(128, 1.0), (256, 4.0)], 16.0), ([(128, 4.0), (256, 2.0)], 4.0)],
+    ids=["nothing", "one point: linear", "quadratic", "never below linear"],
+)
+def test_prediction_carries_the_growth_on(history: list[tuple[int, float]], expected: float | None) -> None:
+    assert timing.predict_seconds(history, 512) == (None if expected is None else pytest.approx(expected))
+
+
+def run(tmp_path: Path, *arguments: str) -> tuple[str, dict]:
+    from benchmarks.__main__ import app
+
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "record.json")])
+    assert result.exit_code == 0, result.output
+    return result.output, json.loads((tmp_path / "record.json").read_text())
+
+
+def test_cpu_training_writes_a_record(tmp_path: Path) -> None:
+    arguments = ["--lengths", "8,16", "--layers", "1", "--seconds", "0", "--cap-seconds", "1e9"]
+    output, record = run(tmp_path, "cpu-training", *arguments)
+    rows = {(row["subject"], row["contender"], row["shape"]["L"]): row for row in record["rows"]}
+    for kind in ("mamba", "mamba2"):
+        for name in ("transformers", "hf_mamba"):
+            for length in (8, 16):
+                row = rows[kind, name, length]
+                assert row["status"] == "measured"
+                assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+                assert row["error"] < 1e-3
+    assert {"mamba", "mamba2"} == {entry["model"] for entry in record["summary"]}
+    assert all("16/8" in entry for entry in record["summary"])
+    for key in ("device", "threads", "commit", "date", "command"):
+        assert key in record["machine"]
+    assert record["machine"]["packages"]["torch"] == torch.__version__
+    assert "16/8" in output
+
+
+def test_cpu_training_says_what_it_did_not_run(tmp_path: Path) -> None:
+    arguments = ["--models", "mamba2", "--lengths", "8,16", "--layers", "1", "--seconds", "0", "--cap-seconds", "1e-9"]
+    output, record = run(tmp_path, "cpu-training", *arguments)
+    longer = [row for row in record["rows"] if row["shape"]["L"] == 16]
+    assert longer and all(row["status"].startswith("not run: about") for row in longer)
+    assert "not run" in output
+
+
+def test_cpu_generate_writes_a_record(tmp_path: Path) -> None:
+    arguments = ["--models", "mamba2", "--prompts", "8", "--layers", "1", "--new-tokens", "4", "--seconds", "0"]
+    _, record = run(tmp_path, "cpu-generate", *arguments, "--rounds", "1")
+    found = {(row["contender"], row["mode"]) for row in record["rows"] if row["status"] == "measured"}
+    assert found == {(name, mode) for name in ("transformers", "hf_mamba") for mode in ("prefill", "decode")}
+    decode = [row for row in record["rows"] if row["mode"] == "decode"]
+    assert [row["runs"] for row in decode] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["cpu-training", "--models", "gpt2"], "--models"),
+        (["cpu-training", "--lengths", "128,x"], "--lengths"),
+        (["cpu-generate", "--prompts", "0"], "--prompts"),
+    ],
+    ids=["models", "lengths", "prompts"],
+)
+def test_bad_options_are_refused(arguments: list[str], part: str) -> None:
+    from benchmarks.__main__ import app
+
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert part in result.output

@@ -1,0 +1,113 @@
+"""The checkpoint inside the package: size, card, held-out perplexity as stated, and text made of English words."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import hf_mamba
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from language_modeling import evaluate, read_documents  # noqa: E402
+
+PROMPTS = ("It is a truth universally acknowledged", "And the LORD said unto Moses,", "My dear", "The love of God")
+CONTEXT_LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return Path(hf_mamba.demo_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def card(folder):
+    return ModelCard.load(folder / "README.md")
+
+
+def test_folder_is_complete_and_small(folder):
+    names = {file.name for file in folder.iterdir()}
+    needed = {"config.json", "generation_config.json", "model.safetensors"}
+    assert needed | {"tokenizer.json", "tokenizer_config.json", "README.md"} <= names
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8_000_000
+
+
+def test_weights_are_complete_and_loaded_in_float32(folder, model):
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        stored = set(file.keys())
+        assert torch.equal(
+            file.get_tensor("backbone.embeddings.weight").float(), model.get_input_embeddings().weight.detach()
+        )
+    assert stored == {name for name, _ in model.named_parameters()}
+    assert type(model).__module__.startswith("hf_mamba.")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_tokenizer_belongs_to_the_model(model, tokenizer):
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id
+    assert tokenizer.pad_token_id == model.config.pad_token_id != tokenizer.eos_token_id
+    text = "“Quotes” — 東京,  two spaces\nand a line."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_held_out_perplexity_is_that_of_the_card(model, tokenizer, card):
+    stated = {(r.dataset_config, r.metric_type): r.metric_value for r in card.data.eval_results}
+    documents = read_documents(ROOT / "tests/fixtures/held_out_excerpt.txt")
+    measured = evaluate(model, tokenizer, documents, CONTEXT_LENGTH, batch_size=8)
+    assert measured["perplexity"] == pytest.approx(stated["excerpt", "perplexity"], rel=2e-3)
+    assert measured["bits_per_byte"] == pytest.approx(stated["excerpt", "bits_per_byte"], rel=2e-3)
+    # the best that is possible without looking at the context: the entropy of the excerpt's own tokens
+    counts = torch.bincount(torch.tensor([token for d in documents for token in tokenizer(d)["input_ids"]])).float()
+    shares = counts[counts > 0] / counts.sum()
+    assert measured["perplexity"] < 0.25 * torch.exp(-(shares * shares.log()).sum()).item()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_text_is_made_of_english_words(model, tokenizer, prompt):
+    known = set((ROOT / "tests/fixtures/training_words.txt").read_text(encoding="utf-8").split())
+    inputs = tokenizer(prompt, return_tensors="pt")
+    generated = model.generate(input_ids=inputs["input_ids"], do_sample=False, max_new_tokens=60)
+    text = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    words = re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())[:-1]  # the last one may be cut off
+    assert len(words) >= 20
+    assert sum(word in known for word in words) >= 0.95 * len(words), text
+
+
+def test_pipeline_continues_the_prompt(folder):
+    generate = pipeline("text-generation", model=str(folder))
+    torch.manual_seed(0)
+    (result,) = generate(PROMPTS[0], max_new_tokens=20)
+    assert result["generated_text"].startswith(PROMPTS[0])
+    assert len(result["generated_text"]) > len(PROMPTS[0]) + 20
+
+
+def test_card_is_complete(folder, card, model):
+    data = card.data
+    assert (data.license, data.language, data.library_name) == ("apache-2.0", "en", "transformers")
+    assert data.pipeline_tag == "text-generation" and model.config.model_type in data.tags
+    assert f"{model.num_parameters():,} parameters" in card.text
+    for section in ("## Measured", "## Data", "## Training", "## Samples", "## Limits"):
+        assert section in card.text
+    assert "python examples/train_language_model.py" in card.text and "public domain" in card.text
+    assert "hf_mamba.demo_checkpoint()" in card.text
+    assert "{{" not in card.content and "{%" not in card.content
+    stated = {(r.dataset_config, r.metric_type) for r in data.eval_results}
+    assert {("test", "perplexity"), ("test", "bits_per_byte"), ("excerpt", "perplexity")} <= stated
