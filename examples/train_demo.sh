@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Trains the demo checkpoint: three runs side by side on one GPU that differ in their weight decay, of which the one with
-# the lowest loss on valid.txt is kept. Usage, in the repository's root, after `python examples/prepare_text.py`:
+# Trains the demo checkpoint: runs side by side on one GPU that differ in their weight decay, of which the one with the
+# lowest loss on valid.txt is kept. Usage, in the repository's root, after `python examples/prepare_text.py`:
 #     bash examples/train_demo.sh FOLDER [further options of train_language_model.py]
-# FOLDER/demo then holds all that goes into hf_mamba/demo, FOLDER/log.txt the three logs.
+#     DECAYS="2 4" bash examples/train_demo.sh FOLDER --steps 2400
+# FOLDER/demo then holds all that goes into hf_mamba/demo, FOLDER/log.txt the logs.
 set -euo pipefail
 folder=${1:?name the folder to write into}
 shift
-decays=(0.1 0.4 1.2)
+read -r -a decays <<<"${DECAYS:-0.1 0.4 1.2}"
 export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1
 pids=()
 for decay in "${decays[@]}"; do

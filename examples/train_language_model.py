@@ -309,7 +309,13 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
     output = Path(arguments.output_dir)
     best = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     best.config.use_cache = True
-    best.generation_config.update(do_sample=True, temperature=0.7, top_k=50, use_cache=True)
+    best.generation_config.update(
+        do_sample=True,
+        temperature=0.7,
+        top_k=50,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,  # the Trainer may have made it a list
+    )
     save_in(getattr(torch, arguments.weights_dtype), best, output)
     tokenizer.save_pretrained(output)
 

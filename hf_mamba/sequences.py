@@ -114,6 +114,8 @@ def resolve_layout(
         check_packing("cu_seq_lens_q", batch, length, None, cu_seqlens)
     if seq_idx is not None:
         check_packing("seq_idx", batch, length, seq_idx, None)
+        if cu_seqlens is not None:
+            _check_same_borders(seq_idx, cu_seqlens)
     elif cu_seqlens is not None:
         seq_idx = cu_seqlens_to_seq_idx(cu_seqlens, length)
     elif position_ids is not None and length > 1:
@@ -125,7 +127,22 @@ def resolve_layout(
     return _left_aligned(torch.where(padding, seq_idx, -1))
 
 
+def _check_same_borders(seq_idx: Tensor, cu_seqlens: Tensor) -> None:
+    """Raise unless both say the same about the real tokens; not under torch.compile, where no value may be read."""
+    if torch.compiler.is_compiling() or seq_idx.shape[1] == 0:
+        return
+    other = cu_seqlens_to_seq_idx(cu_seqlens, seq_idx.shape[1])
+    both_real = (seq_idx[:, 1:] >= 0) & (seq_idx[:, :-1] >= 0)
+    differ = seq_idx.diff(dim=1).ne(0) != other.diff(dim=1).ne(0)
+    if bool((both_real & differ).any()):
+        raise ValueError(
+            "`seq_idx` and `cu_seq_lens_q` put the borders between sequences at different tokens; give only one of them."
+        )
+
+
 def _layout_from_positions(batch: int, length: int, padding: Tensor | None, position_ids: Tensor) -> SequenceLayout:
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise TypeError(f"`position_ids` must be an integer tensor, got {position_ids.dtype}.")
     positions = position_ids[None] if position_ids.dim() == 1 else position_ids
     if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != length:
         raise ValueError(

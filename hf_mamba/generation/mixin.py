@@ -69,6 +69,9 @@ class RecurrentGenerationMixin(GenerationMixin):
             cache.max_snapshots = max(cache.max_snapshots, (generation_config.max_new_tokens or 0) + 1)
         model_kwargs["past_key_values"] = cache
 
+    def _get_static_cache_init_shape(self) -> None:
+        """None: there are no heads of keys and values to allocate in advance."""
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching, and `generate_batch` on top of it, pages key/value pairs."""
         raise ValueError(
@@ -128,7 +131,9 @@ class RecurrentGenerationMixin(GenerationMixin):
             outputs = self(**model_inputs, return_dict=True)
             pieces.append(outputs.hidden_states)
         if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(prompt.restore(torch.cat(layer, dim=1)) for layer in zip(*pieces, strict=True))
+            outputs.hidden_states = tuple(
+                prompt.restore(torch.cat(layer, dim=1)) for layer in zip(*pieces, strict=True)
+            )
         return outputs
 
     def prepare_inputs_for_generation(
@@ -179,7 +184,9 @@ class RecurrentGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    def _assisted_decoding(self, input_ids: Tensor, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
+    def _assisted_decoding(
+        self, input_ids: Tensor, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """Assisted and prompt-lookup decoding.
 
         The states are moved up to the last token of the prompt first: the loop would feed the prompt together with the first
@@ -194,9 +201,15 @@ class RecurrentGenerationMixin(GenerationMixin):
         if kwargs.get("inputs_embeds") is not None and input_ids.shape[0] == 1:
             kwargs |= self._without_padding(input_ids, cache, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
         # hidden states are wanted for the whole prompt at once
-        if input_ids.shape[0] == 1 and kwargs.get("inputs_embeds") is None and not generation_config.output_hidden_states:
+        if (
+            input_ids.shape[0] == 1
+            and kwargs.get("inputs_embeds") is None
+            and not generation_config.output_hidden_states
+        ):
             options = inspect.signature(decode).parameters
-            self._feed_all_but_last(input_ids, generation_config, {k: v for k, v in kwargs.items() if k not in options})
+            self._feed_all_but_last(
+                input_ids, generation_config, {k: v for k, v in kwargs.items() if k not in options}
+            )
         try:
             return decode(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
         finally:
@@ -204,7 +217,9 @@ class RecurrentGenerationMixin(GenerationMixin):
                 cache.stop_past_recording()
 
     @staticmethod
-    def _without_padding(input_ids: Tensor, cache: RecurrentCache, embeds: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    def _without_padding(
+        input_ids: Tensor, cache: RecurrentCache, embeds: Tensor, mask: Tensor | None
+    ) -> dict[str, Any]:
         """A prompt of embeddings (1, L, d) without its padding: the loop would cut the mask to the length of the ids."""
         if input_ids.shape[1] > 0:
             raise ValueError(
@@ -243,5 +258,7 @@ def _unseen(prompt: Prompt, cache: Cache | None, mask_length: int | None = None)
         mask_length = prompt.attention_mask.shape[1]
     length = prompt.length
     # embeddings are always the whole prompt; so is everything without a mask
-    count = unseen_length(cache, length, length if mask_length is None or prompt.inputs_embeds is not None else mask_length)
+    count = unseen_length(
+        cache, length, length if mask_length is None or prompt.inputs_embeds is not None else mask_length
+    )
     return prompt.last(count)

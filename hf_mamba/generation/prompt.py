@@ -95,12 +95,17 @@ def unseen_length(cache: Cache | None, length: int, mask_length: int) -> int:
         mask_length: columns of the attention mask.
 
     Raises:
-        ValueError: there is no token to feed, or the cache does not count its tokens and the mask does not tell.
+        ValueError: there is no token to feed, the mask has a wrong length, or the cache does not count its tokens and the
+            mask does not tell.
     """
     if length == 0:
         raise ValueError("The prompt is empty: generate() needs at least one token to go on from.")
+    seen = cache.get_seq_length() if isinstance(cache, RecurrentCache) else 0
+    counted = cache is None or isinstance(cache, RecurrentCache) or not _is_used(cache)
+    if mask_length != length and (mask_length < length or (counted and mask_length != seen + length)):
+        cached = f" or {seen + length} with the {seen} cached tokens" if seen else ""
+        raise ValueError(f"`attention_mask` must have {length} columns{cached}, got {mask_length}.")
     if isinstance(cache, RecurrentCache):
-        seen = cache.get_seq_length()
         unseen = length if mask_length > length else length - seen
         if unseen <= 0:
             raise ValueError(
@@ -108,9 +113,9 @@ def unseen_length(cache: Cache | None, length: int, mask_length: int) -> int:
                 "including at least one token more, only the new tokens with an `attention_mask` for all, or a new cache."
             )
         return unseen
-    if cache is not None and mask_length <= length and _is_used(cache):
+    if not counted and mask_length == length:
         raise ValueError(
-            f"`{type(cache).__name__}` does not count the tokens of a recurrent model, so it is unknown how many of the "
+            f"A `{type(cache).__name__}` does not count the tokens of a recurrent model, so it is unknown how many of the "
             f"{length} tokens of the prompt it has seen. Pass only the new tokens with an `attention_mask` for all, or use "
             "a hf_mamba.RecurrentCache."
         )

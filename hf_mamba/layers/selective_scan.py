@@ -69,6 +69,12 @@ class SelectiveScanMixer(nn.Module):
             init.uniform_(self.dt_proj.weight, -std, std)
         init.copy_(self.dt_proj.bias, initial_dt_bias(config, self.intermediate_size, self.dt_proj.bias.device))
 
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of one row's convolution state and SSM state in a cache."""
+        context = self.conv1d.kernel_size[0] - 1
+        return (self.intermediate_size, context), (self.intermediate_size, self.ssm_state_size)
+
     def forward(self, hidden_states: Tensor, cache: Cache | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """Mix over time.
 

@@ -65,6 +65,12 @@ class SSDMixer(nn.Module):
         init.ones_(self.D)
         init.copy_(self.dt_bias, initial_dt_bias(self.config, self.num_heads, self.dt_bias.device))
 
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of one row's convolution state and SSM state in a cache."""
+        context = self.conv1d.kernel_size[0] - 1
+        return (self.conv_dim, context), (self.num_heads, self.head_dim, self.ssm_state_size)
+
     def forward(self, hidden_states: Tensor, cache: Cache | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """Mix over time.
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from ..generation.mixin import RecurrentGenerationMixin
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
+from .inputs import check_labels, same_lengths
 from .outputs import RecurrentCausalLMOutput, RecurrentClassifierOutput, cache_fields
 from .recurrent import RecurrentModel, RecurrentPreTrainedModel
 
@@ -72,7 +74,8 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, _WithBackbone):
             labels: (B, L) integer, shifted inside; -100 is ignored. A token that follows padding or another packed
                 sequence is never a target, since there is nothing to predict it from.
             logits_to_keep: number of last positions to compute logits for, 0 = all; or a 1-D tensor of positions.
-            **kwargs: `num_items_in_batch`, `shift_labels` and `ignore_index` go to the loss; anything unknown is refused.
+            **kwargs: `num_items_in_batch`, `ignore_index` and `shift_labels` (B, L), which replaces `labels` and is taken
+                as it is, go to the loss; anything unknown is refused.
 
         All others as in the backbone. Logits are fp32.
         """
@@ -98,16 +101,17 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, _WithBackbone):
         hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states).float()
         loss = None
-        if labels is not None:
-            if logits.shape[:2] != labels.shape:
-                raise ValueError(
-                    f"`labels` must have the shape {tuple(logits.shape[:2])} of the logits, got {tuple(labels.shape)}; "
-                    "with labels leave `logits_to_keep` at 0."
-                )
-            cu_seqlens = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
-            targets = _without_first_tokens(labels, attention_mask, position_ids, seq_idx, cu_seqlens)
+        shift_labels = loss_kwargs.get("shift_labels")
+        for name, value in (("labels", labels), ("shift_labels", shift_labels)):
+            if value is not None:
+                check_labels(value, tuple(logits.shape[:2]), "; with labels leave `logits_to_keep` at 0", name=name)
+        if labels is not None or shift_labels is not None:
+            targets = labels
+            if labels is not None:
+                cu_seqlens = same_lengths(cu_seq_lens_q, cu_seq_lens_k)
+                targets = _without_first_tokens(labels, attention_mask, position_ids, seq_idx, cu_seqlens)
             loss = self.loss_function(logits=logits, labels=targets, vocab_size=self.config.vocab_size, **loss_kwargs)
-            loss = self.total_loss(loss, outputs, labels, loss_kwargs)
+            loss = self.total_loss(loss, outputs, shift_labels if labels is None else labels, loss_kwargs)
         output = self.make_output(outputs, loss, logits)
         if return_dict:
             return output
@@ -128,6 +132,7 @@ class RecurrentForSequenceClassification(_WithBackbone):
     """A classifier that reads the last real token of each row."""
 
     output_class = RecurrentClassifierOutput
+    _new_head = ("score.",)
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -152,9 +157,17 @@ class RecurrentForSequenceClassification(_WithBackbone):
 
         Args:
             labels: (B,) classes or values, or (B, C) for several labels; see `config.problem_type`.
+            **kwargs: `num_items_in_batch` and `ignore_index` go to the loss, `position_ids` to the backbone; packed rows,
+                caches and anything unknown are refused.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        loss_kwargs = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if key in kwargs}
+        name = type(self).__name__
+        loss_kwargs = _take_loss_arguments(name, kwargs)
+        for argument in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"):
+            if kwargs.get(argument) is not None:
+                raise ValueError(
+                    f"{name} gives one answer for each row; drop `{argument}` and pad instead of packing."
+                )
         outputs = self.backbone(
             input_ids,
             attention_mask=attention_mask,
@@ -169,9 +182,15 @@ class RecurrentForSequenceClassification(_WithBackbone):
         logits = self.score(outputs.last_hidden_state[rows, last])
         loss = None
         if labels is not None:
+            labels = _class_labels(labels, logits, self.config.problem_type)
             loss = self.loss_function(
                 logits=logits, labels=labels, pooled_logits=logits, config=self.config, **loss_kwargs
             )
+            items = loss_kwargs.get("num_items_in_batch")
+            mean_anyway = self.config.problem_type in ("regression", "multi_label_classification")
+            if items is not None and mean_anyway and self.loss_function is ForSequenceClassificationLoss:
+                # transformers ignores the number of items here, while its Trainer counts on its being honoured
+                loss = loss * labels.numel() / items
             loss = self.total_loss(loss, outputs, labels, loss_kwargs)
         output = self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **self.extra_outputs(outputs)
@@ -195,6 +214,7 @@ class RecurrentForTokenClassification(_WithBackbone):
     """A classifier of each token, which sees that token and all before it."""
 
     output_class = RecurrentClassifierOutput
+    _new_head = ("score.",)
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -218,9 +238,11 @@ class RecurrentForTokenClassification(_WithBackbone):
 
         Args:
             labels: (B, L) classes; -100 is ignored.
+            **kwargs: `num_items_in_batch` and `ignore_index` go to the loss, `position_ids`, `seq_idx` and `cu_seq_lens_q`
+                to the backbone; caches and anything unknown are refused.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        loss_kwargs = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if key in kwargs}
+        loss_kwargs = _take_loss_arguments(type(self).__name__, kwargs)
         outputs = self.backbone(
             input_ids,
             attention_mask=attention_mask,
@@ -233,6 +255,7 @@ class RecurrentForTokenClassification(_WithBackbone):
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
+            check_labels(labels, tuple(logits.shape[:2]))
             loss = self.loss_function(logits, labels, self.config, **loss_kwargs)
             loss = self.total_loss(loss, outputs, labels, loss_kwargs)
         output = self.output_class(
@@ -245,9 +268,51 @@ class RecurrentForTokenClassification(_WithBackbone):
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
+def _take_loss_arguments(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take what a classifier's loss reads out of `kwargs`, and refuse what asks for states."""
+    for argument in ("past_key_values", "cache_params", "use_cache"):
+        value = kwargs.pop(argument, None)
+        if value is not None and value is not False:
+            raise ValueError(f"{name} reads a text at once and neither takes nor returns a cache; drop `{argument}`.")
+    return {key: kwargs.pop(key) for key in ("num_items_in_batch", "ignore_index") if key in kwargs}
+
+
+def _class_labels(labels: Any, logits: Tensor, problem_type: str | None) -> Tensor:
+    """Labels of rows as the loss of `problem_type` takes them, which is guessed as transformers guesses it.
+
+    Raises:
+        TypeError, ValueError: classes that are not integers, or a shape that does not fit `logits` (B, C).
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}; wrap it in torch.tensor(...).")
+    batch, classes = logits.shape
+    if problem_type is None:
+        several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        problem_type = "regression" if classes == 1 else several
+    one_each = problem_type == "single_label_classification" or classes == 1
+    shapes = ((batch,), (batch, 1)) if one_each else ((batch, classes),)
+    if tuple(labels.shape) not in shapes:
+        raise ValueError(
+            f"`labels` must have shape {' or '.join(map(str, shapes))} for {problem_type} with {classes} labels, got "
+            f"{tuple(labels.shape)}; see `config.problem_type` and `config.num_labels`."
+        )
+    if problem_type == "single_label_classification":
+        check_labels(labels, tuple(labels.shape))
+        return labels
+    # the means over (B, 1) and (B,) would broadcast to (B, B)
+    return labels.to(logits.dtype).view_as(logits)
+
+
 def _keep_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() != 1 or logits_to_keep.is_floating_point():
+            raise ValueError(
+                "`logits_to_keep` must be a number or a 1-D tensor of positions, got a tensor of shape "
+                f"{tuple(logits_to_keep.shape)} and dtype {logits_to_keep.dtype}."
+            )
         return hidden_states[:, logits_to_keep]
+    if isinstance(logits_to_keep, float) or logits_to_keep < 0:
+        raise ValueError(f"`logits_to_keep` must be an integer from 0 (all positions) up, got {logits_to_keep!r}.")
     return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
 
 

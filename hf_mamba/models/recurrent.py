@@ -18,9 +18,18 @@ from transformers.utils import logging
 from ..cache import MAX_REPLAY, RecurrentCache
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
+from .inputs import (
+    check_cache,
+    check_metadata,
+    check_token_inputs,
+    embed_tokens,
+    refuse_unknown,
+    same_lengths,
+    select_cache,
+)
 from .outputs import RecurrentModelOutput, cache_fields
 
-__all__ = ["RecurrentBlock", "RecurrentModel", "RecurrentPreTrainedModel", "refuse_unknown", "select_cache"]
+__all__ = ["RecurrentBlock", "RecurrentModel", "RecurrentPreTrainedModel"]
 
 logger = logging.get_logger(__name__)
 
@@ -59,13 +68,44 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _is_stateful = False
     _skip_keys_device_placement = ["past_key_values", "cache_params"]
     _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
+    # what a checkpoint of another task is expected to lack
+    _new_head: tuple[str, ...] = ()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, key_mapping=None, **kwargs):
-        """Load a model as transformers does; the original key `backbone.embedding.weight` is understood as well."""
-        return super().from_pretrained(
-            pretrained_model_name_or_path, *args, key_mapping=ORIGINAL_KEYS | (key_mapping or {}), **kwargs
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        key_mapping=None,
+        output_loading_info: bool = False,
+        allow_missing: bool = False,
+        **kwargs,
+    ):
+        """Load a model as transformers does; the original key `backbone.embedding.weight` is understood as well.
+
+        Args:
+            allow_missing: draw tensors that the checkpoint lacks at random, with a warning, as transformers does. The new
+                head of a classifier always is; a backbone or a language model's head with gaps is refused by default.
+
+        Raises:
+            ValueError: the checkpoint lacks tensors.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            key_mapping=ORIGINAL_KEYS | (key_mapping or {}),
+            output_loading_info=True,
+            **kwargs,
         )
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith(cls._new_head))
+        if missing and not allow_missing:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise ValueError(
+                f"The checkpoint {str(pretrained_model_name_or_path)!r} lacks {len(missing)} tensors of {cls.__name__}: "
+                f"{shown}. They would have random values. Take a complete checkpoint of this architecture, map other key "
+                "names with `key_mapping`, or pass `allow_missing=True` to train them from scratch."
+            )
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
         """Save a model as transformers does, always under the standard key names.
@@ -181,7 +221,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             ValueError: a wrong shape, inputs that contradict each other, or an unknown option.
         """
         options = self.take_options(kwargs)
-        refuse_unknown(type(self).__name__, kwargs)
+        refuse_unknown(type(self).__name__, {"output_attentions": self.config.output_attentions, **kwargs})
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -189,7 +229,15 @@ class RecurrentModel(RecurrentPreTrainedModel):
         cache = select_cache(past_key_values, cache_params)
         cache = self._prepare_cache(cache, use_cache)
         if inputs_embeds is None:
-            inputs_embeds = self.embeddings(input_ids)
+            inputs_embeds = embed_tokens(self.embeddings, input_ids)
+        check_metadata(
+            inputs_embeds.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+        )
         batch, length, _ = inputs_embeds.shape
         seen = 0 if cache is None else cache.get_seq_length() if isinstance(cache, RecurrentCache) else None
         padding = padding_mask(attention_mask, batch, length, seen)
@@ -200,7 +248,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 self._advance(cache)
             inputs_embeds, padding, replayed = cache.begin(inputs_embeds, padding)
         layout = self._layout(
-            inputs_embeds, padding, replayed, position_ids, seq_idx, _same_lengths(cu_seq_lens_q, cu_seq_lens_k)
+            inputs_embeds, padding, replayed, position_ids, seq_idx, same_lengths(cu_seq_lens_q, cu_seq_lens_k)
         )
 
         def finish(values: Tensor) -> Tensor:
@@ -257,6 +305,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 )
             if use_cache is False:
                 raise ValueError("A cache was given together with use_cache=False; drop one of the two.")
+            check_cache(cache, self.layers)
             return cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -298,50 +347,3 @@ class RecurrentModel(RecurrentPreTrainedModel):
         return resolve_layout(
             batch, length, padding=padding, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens
         )
-
-
-def select_cache(past_key_values: Cache | None, cache_params: Cache | None) -> Cache | None:
-    """The one cache given under either name."""
-    if past_key_values is not None and cache_params is not None and past_key_values is not cache_params:
-        raise ValueError(
-            "`past_key_values` and `cache_params` are two names for one cache, but two caches were given."
-        )
-    cache = past_key_values if past_key_values is not None else cache_params
-    if cache is not None and not isinstance(cache, Cache):
-        raise TypeError(f"`past_key_values` must be a transformers Cache, got {type(cache).__name__}.")
-    return cache
-
-
-def refuse_unknown(name: str, kwargs: dict[str, Any]) -> None:
-    """Raise for arguments nobody reads; None and False mean that nothing was asked for."""
-    asked = {key: value for key, value in kwargs.items() if value is not None and value is not False}
-    if "output_attentions" in asked:
-        raise ValueError(f"{name} has no attention weights to return; drop `output_attentions=True`.")
-    if asked:
-        raise TypeError(f"{name} got arguments it does not know: {', '.join(sorted(asked))}; check their spelling.")
-
-
-def check_token_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_size: int) -> None:
-    """Raise unless exactly one of the two is given, with the right type and shape."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-    if input_ids is not None:
-        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            given = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise TypeError(f"`input_ids` must be an int64 or int32 tensor, got {given}.")
-        if input_ids.dim() != 2:
-            raise ValueError(f"`input_ids` must have shape (B, L), got {tuple(input_ids.shape)}.")
-    elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != hidden_size:
-        raise ValueError(f"`inputs_embeds` must have shape (B, L, {hidden_size}), got {tuple(inputs_embeds.shape)}.")
-
-
-def _same_lengths(cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> Tensor | None:
-    if cu_seq_lens_q is None or cu_seq_lens_k is None or cu_seq_lens_q is cu_seq_lens_k:
-        return cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
-    if cu_seq_lens_q.shape != cu_seq_lens_k.shape or (
-        not torch.compiler.is_compiling() and not torch.equal(cu_seq_lens_q, cu_seq_lens_k)
-    ):
-        raise ValueError(
-            "`cu_seq_lens_q` and `cu_seq_lens_k` must be equal: a recurrent model has one sequence, not two."
-        )
-    return cu_seq_lens_q

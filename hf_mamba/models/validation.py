@@ -1,10 +1,14 @@
 """Checks of configuration values, made when a configuration is built: before any memory is allocated for it."""
 
 import functools
+import math
 
 from huggingface_hub.errors import StrictDataclassError
 
-__all__ = ["check_choice", "check_common_fields", "check_positive", "plain_errors"]
+__all__ = ["check_choice", "check_common_fields", "check_finite", "check_positive", "plain_errors"]
+
+# no tensor has a dimension of this size: such a value is a mistake, and building the model would exhaust the memory
+MAX_SIZE = 2**31
 
 POSITIVE_FIELDS = ("vocab_size", "hidden_size", "state_size", "num_hidden_layers", "expand", "conv_kernel")
 
@@ -28,8 +32,20 @@ def check_positive(config, *names: str) -> None:
     """Raise ValueError unless every named field is an integer above zero."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{type(config).__name__}: `{name}` must be a positive integer, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < MAX_SIZE:
+            raise ValueError(
+                f"{type(config).__name__}: `{name}` must be a positive integer below 2**31, got {value!r}."
+            )
+
+
+def check_finite(config, *names: str, minimum: float, above: bool = False) -> None:
+    """Raise ValueError unless every named field is a finite number from `minimum` up, or `above` it."""
+    for name in names:
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < minimum or (above and value == minimum):
+            bound = f"{'above' if above else 'from'} {minimum:g}{'' if above else ' up'}"
+            raise ValueError(f"{type(config).__name__}: `{name}` must be a finite number {bound}, got {value!r}.")
 
 
 def check_choice(config, name: str, choices) -> None:
@@ -52,10 +68,16 @@ def check_common_fields(config) -> None:
     rank = config.time_step_rank
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{name}: `time_step_rank` must be a positive integer or 'auto', got {rank!r}.")
-    if not 0 < config.time_step_min <= config.time_step_max:
+    check_finite(config, "time_step_min", "time_step_max", "layer_norm_epsilon", minimum=0.0, above=True)
+    check_finite(config, "time_step_floor", minimum=0.0)
+    if config.time_step_min > config.time_step_max:
         raise ValueError(
-            f"{name}: `time_step_min` and `time_step_max` must satisfy 0 < min <= max, "
+            f"{name}: `time_step_min` must not be above `time_step_max`, "
             f"got {config.time_step_min} and {config.time_step_max}."
         )
-    if config.layer_norm_epsilon <= 0:
-        raise ValueError(f"{name}: `layer_norm_epsilon` must be positive, got {config.layer_norm_epsilon}.")
+    if hasattr(config, "time_step_scale"):
+        check_finite(config, "time_step_scale", minimum=0.0, above=True)
+    if hasattr(config, "initializer_range"):
+        check_finite(config, "initializer_range", minimum=0.0)
+    if hasattr(config, "intermediate_size"):
+        check_positive(config, "intermediate_size")

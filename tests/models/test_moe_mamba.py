@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_mamba import (
     MoeMambaConfig,
@@ -292,6 +293,64 @@ def test_gradient_checkpointing(frame: str, reentrant: bool) -> None:
         results.append((outputs.loss, outputs.router_logits, [p.grad for p in model.parameters()]))
     for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(checkpointed, plain, atol=1e-7, rtol=1e-6)
+
+
+# training tools
+
+
+def test_trainer_trains_and_evaluates(tmp_path) -> None:
+    """Accumulation, checkpointing, bf16 autocast; the evaluation loss is the plain cross-entropy."""
+    model = make_frame("paper", capacity_factor=1.25, router_aux_loss_coef=0.5)
+    data = [{"input_ids": row, "labels": row} for row in random_ids(8, 12)]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        learning_rate=1e-3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        bf16=True,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    before = [layer.moe.router.weight.clone() for layer in model.backbone.layers if layer.moe is not None]
+    trainer.train()
+    after = [layer.moe.router.weight for layer in model.backbone.layers if layer.moe is not None]
+    assert all(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    metrics = trainer.evaluate()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ids = torch.stack([row["input_ids"] for row in data])
+        assert metrics["eval_loss"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_lora_on_experts_and_projections(implementation: str) -> None:
+    model = make_frame("paper")
+    model.set_experts_implementation(implementation)
+    ids = random_ids(2, 9)
+    base = model(ids).logits
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=2,
+            lora_alpha=1,
+            target_modules=["in_proj", "x_proj", "dt_proj", "out_proj"],
+            target_parameters=["moe.experts.up_proj", "moe.experts.down_proj"],
+            init_lora_weights=False,
+        ),
+    )
+    outputs = adapted(ids, labels=ids)
+    assert not torch.allclose(outputs.logits, base, atol=1e-2)
+    outputs.loss.backward()
+    for name, parameter in adapted.named_parameters():
+        assert parameter.grad is None or parameter.requires_grad
+        assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, name
+    logits = adapted.eval()(ids).logits
+    merged = adapted.merge_and_unload()(ids).logits
+    assert (merged - logits).abs().max().item() <= 1e-4 * logits.abs().max().item()
 
 
 # initialisation, size, loading

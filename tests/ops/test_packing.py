@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_kernels.packing import check_packing, cu_seqlens_to_seq_idx, resets_and_valid
+from mamba_kernels.packing import check_packing, cu_seqlens_to_seq_idx, resets_and_valid, segments_and_valid
 from mamba_kernels.ssd.grid import chunk_grid
 
 LAYOUTS = {
@@ -57,6 +57,16 @@ def test_resets_and_valid(name: str) -> None:
 def test_rows_do_not_see_each_other() -> None:
     resets, _ = resets_and_valid(torch.tensor([[0, 0], [1, 1], [-1, 0]]))
     assert not resets.any()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_segments_and_valid(name: str) -> None:
+    seq_idx = torch.tensor([ROWS[name]], dtype=torch.int64)
+    segments, valid = segments_and_valid(seq_idx)
+    assert segments.tolist() == [resets_and_valid(seq_idx)[0].long().cumsum(1)[0].tolist()]
+    assert (valid is None) == (min(ROWS[name], default=0) >= 0)
+    if valid is not None:
+        assert torch.equal(valid, seq_idx >= 0)
 
 
 @pytest.mark.parametrize("block", [1, 3, 64], ids=lambda b: f"block {b}")

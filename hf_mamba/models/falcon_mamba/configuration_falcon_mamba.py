@@ -2,7 +2,7 @@
 
 import transformers
 
-from ..validation import check_choice, check_common_fields, plain_errors
+from ..validation import check_choice, check_common_fields, check_finite, plain_errors
 
 __all__ = ["FalconMambaConfig"]
 
@@ -31,5 +31,4 @@ class FalconMambaConfig(transformers.FalconMambaConfig):
         super().__post_init__(**kwargs)
         check_common_fields(self)
         check_choice(self, "time_step_init_scheme", ("random", "constant"))
-        if self.mixer_rms_eps <= 0:
-            raise ValueError(f"FalconMambaConfig: `mixer_rms_eps` must be positive, got {self.mixer_rms_eps}.")
+        check_finite(self, "mixer_rms_eps", minimum=0.0, above=True)

@@ -85,6 +85,7 @@ class StackedExperts(nn.Module):
     with `moe_bias` also `…_bias` (E, F), (E, 2F) and (E, d).
     """
 
+    config: MoeMambaConfig
     down_proj: nn.Parameter
     has_gate: bool
     has_bias: bool

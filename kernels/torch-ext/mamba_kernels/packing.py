@@ -9,12 +9,14 @@ variable-length functions take them: `[0, len_0, len_0 + len_1, …, L]`. Sequen
 its own initial and final state.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from .checks import check_dtype, check_shape, check_tensor
 
-__all__ = ["check_packing", "cu_seqlens_to_seq_idx", "resets_and_valid"]
+__all__ = ["check_packing", "cu_seqlens_to_seq_idx", "resets_and_valid", "segments_and_valid"]
 
 INTEGER_DTYPES = (torch.int32, torch.int64)
 
@@ -43,7 +45,7 @@ def check_packing(op: str, batch: int, length: int, seq_idx: Tensor | None, cu_s
     # values are read only where that costs no device synchronisation and cannot break a graph
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != length or any(b < a for a, b in zip(values, values[1:], strict=False)):
+        if values[0] != 0 or values[-1] != length or any(b < a for a, b in pairwise(values)):
             raise ValueError(
                 f"{op}: `cu_seqlens` must rise from 0 to the length {length} without decreasing, got {values}."
             )
@@ -73,3 +75,20 @@ def resets_and_valid(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
     previous = torch.nn.functional.pad(last_valid, (1, 0), value=-1)[:, :length]
     previous_idx = seq_idx.gather(1, previous.clamp(min=0))
     return valid & (previous >= 0) & (previous_idx != seq_idx), valid
+
+
+def segments_and_valid(seq_idx: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A number for each run of one sequence, and which tokens are real.
+
+    Args:
+        seq_idx: (B, L) integer; negative = padding.
+
+    Returns:
+        segments: (B, L) int64, how often the state has started anew up to each token; 0 for a row's first sequence.
+        valid: (B, L) bool, True at real tokens; None where there is no padding and that can be seen for free.
+    """
+    resets, valid = resets_and_valid(seq_idx)
+    segments = resets.cumsum(dim=1)
+    if valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
+        return segments, None
+    return segments, valid

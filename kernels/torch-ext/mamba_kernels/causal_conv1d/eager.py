@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import first_order_only
-from ..packing import cu_seqlens_to_seq_idx, resets_and_valid
+from ..packing import cu_seqlens_to_seq_idx, segments_and_valid
 
 __all__ = ["causal_conv1d_eager"]
 
@@ -205,9 +205,9 @@ def causal_conv1d_eager(
     if cu_seqlens is not None:
         segments = cu_seqlens_to_seq_idx(cu_seqlens, length)
     elif seq_idx is not None:
-        resets, valid = resets_and_valid(seq_idx)
-        segments = resets.cumsum(dim=1)
-        x = x.masked_fill(~valid[..., None], 0.0)
+        segments, valid = segments_and_valid(seq_idx)
+        if valid is not None:
+            x = x.masked_fill(~valid[..., None], 0.0)
     extra = extra_index = None
     if initial_states is not None and before:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -237,9 +237,11 @@ def causal_conv1d_eager(
         always = torch.ones(n_states, dtype=torch.bool, device=device)
         final = _final_states(x, states, cu_seqlens[:-1], cu_seqlens[1:], always, None)
     else:
-        assert valid is not None
-        tokens = torch.arange(1, length + 1, device=device)
-        ends = (valid * tokens).amax(dim=1) if length else tokens.new_zeros(n_states)
+        if valid is None:
+            ends = torch.full((n_states,), length, device=device)
+        else:
+            tokens = torch.arange(1, length + 1, device=device)
+            ends = (valid * tokens).amax(dim=1) if length else tokens.new_zeros(n_states)
         # no reset anywhere: the row's last sequence is its first
         first = segments[:, -1] == 0 if length else torch.ones(n_states, dtype=torch.bool, device=device)
         final = _final_states(x, states, torch.zeros_like(ends), ends, first, segments)

@@ -153,16 +153,16 @@ def _open_tile(
     return _Tile(x, dt, delta, scaled_x, decay, h)
 
 
-def _contract_state(rows: Tensor, states: Tensor, out: Tensor) -> Tensor:
+def _contract_state(rows: Tensor, states: Tensor, out: Tensor) -> None:
     """Sum over N: rows (T, B, G, N) · states (T, B, G, N, M) → `out` (T, B, G, M)."""
+    # `out=` variants, here and below, are left alone by autocast
     torch.bmm(rows.flatten(0, 2)[:, None], states.flatten(0, 2), out=out.flatten(0, 2)[:, None])
-    return out
 
 
-def _contract_channels(values: Tensor, states: Tensor) -> Tensor:
-    """Sum over the channels of a group: values (T, B, G, M) · states (T, B, G, N, M) → (T, B, G, N)."""
+def _contract_channels(values: Tensor, states: Tensor, out: Tensor) -> None:
+    """Sum over the channels of a group: values (T, B, G, M) · states (T, B, G, N, M) → `out` (T, B, G, N)."""
     # as row times transposed matrix: the product with a column is ten times slower in MKL
-    return torch.bmm(values.flatten(0, 2)[:, None], states.flatten(0, 2).mT).view(states.shape[:4])
+    torch.bmm(values.flatten(0, 2)[:, None], states.flatten(0, 2).mT, out=out.flatten(0, 2)[:, None])
 
 
 def _scan(
@@ -212,7 +212,8 @@ def _scan(
             saved[k].copy_(carry)
         tile = _open_tile(ops, start, end, narrow, wide, carry, first, initial)
         carry = tile.h[-1].clone()
-        out = _contract_state(ops.C[start:end], tile.h, out=narrow[2, : end - start])
+        out = narrow[2, : end - start]
+        _contract_state(ops.C[start:end], tile.h, out=out)
         if ops.D is not None:
             out.addcmul_(tile.x, ops.D)
         if ops.z is not None:
@@ -293,20 +294,20 @@ class SelectiveScanFunction(torch.autograd.Function):
             start, end = k * tile_length, min((k + 1) * tile_length, length)
             tile = _open_tile(ops, start, end, narrow, wide, saved[k], first, initial)
             decay, h, grad_h = tile.decay, tile.h, wide[2, : end - start]
-            # of C·h + D x, the output before its gate
-            grad_out, grad_scaled_x, grad_delta, scratch = (narrow[i, : end - start] for i in range(2, 6))
+            # the output before its gate, C·h + D x, and its gradient
+            out, grad_out, grad_scaled_x, grad_delta = (narrow[i, : end - start] for i in range(2, 6))
             if grad_y is None:
                 grad_out.zero_()
             else:
                 grad_out.copy_(_time_first(grad_y, groups)[start:end])
             if ops.z is not None and grad_z_view is not None:
                 gate = ops.z[start:end].to(dtype)
-                out = _contract_state(ops.C[start:end], h, out=scratch)
+                _contract_state(ops.C[start:end], h, out=out)
                 if ops.D is not None:
                     out.addcmul_(tile.x, ops.D)
                 grad_z_view[start:end].copy_(torch.ops.aten.silu_backward(out.mul_(grad_out), gate))
                 grad_out.mul_(silu(gate))
-            grad_C[start:end] = _contract_channels(grad_out, h)
+            _contract_channels(grad_out, h, out=grad_C[start:end])
 
             torch.mul(ops.C[start:end, ..., None], grad_out[:, :, :, None], out=grad_h)
             marked = None if last is None else last.within(start, end)
@@ -316,7 +317,7 @@ class SelectiveScanFunction(torch.autograd.Function):
             recurrence_(grad_h, decay, reverse=True)
             carry = decay[0] * grad_h[0]
 
-            grad_B[start:end] = _contract_channels(tile.scaled_x, grad_h)
+            _contract_channels(tile.scaled_x, grad_h, out=grad_B[start:end])
             _contract_state(ops.B[start:end], grad_h, out=grad_scaled_x)
 
             # gradient of delta * A: grad_h * decay * (state before), made in `decay`

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import first_order_only
-from ..packing import cu_seqlens_to_seq_idx, resets_and_valid
+from ..packing import cu_seqlens_to_seq_idx, segments_and_valid
 from .grid import chunk_grid
 
 __all__ = ["ssd_chunk_scan_eager"]
@@ -183,7 +183,7 @@ def _pass_states(
     for k in range(span.chunks):
         state = carry.load(state, initial, span.first_chunk + k)
         entering.append(state)
-        state = torch.addcmul(added[:, k], decays.total[:, k], state)
+        state = added[:, k].addcmul_(decays.total[:, k], state)
         carry.keep(finals, state, span.first_chunk + k)
     return _stack(entering), state
 
@@ -248,9 +248,10 @@ class SSDChunkScanFunction(torch.autograd.Function):
             start_states, _ = _start(problem, initial, carry)
             state = start_states if enter is None else torch.zeros_like(start_states[:1])
             spans = _spans(x)
-            entering = []
+            entering, all_decays = [], []
             for span in spans:
                 decays = problem.decays(span)
+                all_decays.append(decays)
                 states, state = _pass_states(problem, span, decays, carry, state, start_states, None)
                 entering.append(states)
             dfinals = dfinal.to(problem.dtype).unflatten(1, (problem.groups, -1))
@@ -265,32 +266,32 @@ class SSDChunkScanFunction(torch.autograd.Function):
             dA = torch.zeros_like(problem.rate[..., 0])
             dD = None
             for span in reversed(spans):
-                decays = problem.decays(span)
+                decays = all_decays.pop()
                 dout = problem.per_head(dy, span)
                 if z is not None and ungated is not None and dz is not None:
                     gate = problem.per_head(z, span)
                     dgate = dout * problem.per_head(ungated, span)
                     problem.store(dz, torch.ops.aten.silu_backward(dgate, gate), span)
                     dout = dout * torch.nn.functional.silu(gate)
-                from_output = (dout * decays.from_start[..., None]).mT @ problem.per_group(C, span)
+                dout_decayed = dout * decays.from_start[..., None]
+                from_output = dout_decayed.mT @ problem.per_group(C, span)
                 leaving = []
                 for k in reversed(range(span.chunks)):
                     chunk = span.first_chunk + k
                     dstate = carry.keep_backward(dfinals, dstate, chunk)
                     leaving.append(dstate)
-                    dstate = torch.addcmul(from_output[:, k], decays.total[:, k], dstate)
+                    dstate = from_output[:, k].addcmul_(decays.total[:, k], dstate)
                     dstate = carry.load_backward(dstate, dinitial, chunk)
                 gradients = _chunk_backward(
-                    problem, span, decays, dout, entering.pop(), _stack(leaving[::-1])
+                    problem, span, decays, dout, dout_decayed, entering.pop(), _stack(leaving[::-1])
                 )
                 problem.store(dx, gradients.dx, span)
                 problem.store(dstep, gradients.dstep, span)
                 problem.store_group(dB, gradients.dB, span)
                 problem.store_group(dC, gradients.dC, span)
                 dA += gradients.dA
-                if problem.skip is not None:
-                    part = (dout * problem.per_head(x, span)).sum((0, 1, 4))
-                    dD = part if dD is None else dD + part
+                if gradients.dD is not None:
+                    dD = gradients.dD if dD is None else dD + gradients.dD
             if enter is None:
                 dinitial = dstate
             if D is not None:
@@ -327,12 +328,20 @@ class _Gradients(NamedTuple):
     dA: Tensor
     dB: Tensor
     dC: Tensor
+    dD: Tensor | None
 
 
 def _chunk_backward(
-    problem: _Problem, span: _Span, decays: _Decays, dy: Tensor, entering: Tensor, dleaving: Tensor
+    problem: _Problem,
+    span: _Span,
+    decays: _Decays,
+    dy: Tensor,
+    dy_decayed: Tensor,
+    entering: Tensor,
+    dleaving: Tensor,
 ) -> _Gradients:
-    """Gradients of one span from dy (b, k, g, r, q, p) and those of the states after each chunk (b, k, g, r, p, n)."""
+    """Gradients of one span from dy (b, k, g, r, q, p), also times the decay from the chunk's start, the states that enter
+    the chunks and the gradients of those that leave them (b, k, g, r, p, n)."""
     x = problem.per_head(problem.x, span)
     B, C = problem.per_group(problem.B, span), problem.per_group(problem.C, span)
     u = x * decays.step[..., None]
@@ -345,24 +354,26 @@ def _chunk_backward(
     scores = inside.mul_(similarity)
     through_state = (B @ dleaving.mT).mul_(decays.to_end[..., None])
     du = (scores.mT @ dy).add_(through_state)
-    dy_decayed = dy * decays.from_start[..., None]
     dC_heads = dy_decayed @ entering
-    # a[t] stands in the exponent of every pair s < t ≤ q, of every output q ≥ t, of every input s < t, and of the state
-    block = span.block
-    earlier = dy.new_ones(block, block).triu_(1)
-    da = (dexponent @ earlier).tril_().sum(-2)
+    # a[t] stands in the exponent of every pair s < t ≤ q, of every output q ≥ t, of every input s < t, and of the state;
+    # sums over just these, unlike a difference of longer sums, lose nothing where they are small
+    pairs = dexponent.cumsum(-1).tril_(-1).sum(-2)[..., :-1]
+    inputs = (u * through_state).sum(-1)[..., :-1].cumsum(-1)
+    da = torch.nn.functional.pad(pairs + inputs, (1, 0))
     da += (dC_heads * C).sum(-1).flip(-1).cumsum(-1).flip(-1)
-    da += torch.nn.functional.pad((u * through_state).sum(-1)[..., :-1].cumsum(-1), (1, 0))
     da += ((entering * dleaving).sum((-1, -2), keepdim=True) * decays.total)[..., 0]
     # heads of a group are summed by the product over r and p together
     u_end = (u * decays.to_end[..., None]).movedim(3, 4).flatten(-2)
     dB = u_end @ dleaving.flatten(3, 4) + dsimilarity.mT @ C.squeeze(3)
     dC = dC_heads.sum(3) + dsimilarity @ B.squeeze(3)
     dstep = (du * x).sum(-1) + da * problem.rate.to(problem.dtype)
+    dA = (da.to(problem.wide) * decays.step).sum((0, 1, 4))
     dx = du.mul_(decays.step[..., None])
+    dD = None
     if problem.skip is not None:
         dx.addcmul_(dy, problem.skip)
-    return _Gradients(dx, dstep, (da.to(problem.wide) * decays.step).sum((0, 1, 4)), dB, dC)
+        dD = (dy * x).sum((0, 1, 4))
+    return _Gradients(dx, dstep, dA, dB, dC, dD)
 
 
 def ssd_chunk_scan_eager(
@@ -387,8 +398,8 @@ def ssd_chunk_scan_eager(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     segments = enter = leave = valid = places = None
     if seq_idx is not None:
-        resets, valid = resets_and_valid(seq_idx)
-        segments = resets.cumsum(dim=1)
+        segments, valid = segments_and_valid(seq_idx)
+    if valid is not None:
         # whatever lies in padding, even an infinity, must not reach a product
         x, B, C = (value.masked_fill(~valid[..., None, None], 0.0) for value in (x, B, C))
         dt = dt.masked_fill(~valid[..., None], 0.0)

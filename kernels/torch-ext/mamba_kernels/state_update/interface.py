@@ -14,18 +14,14 @@ __all__ = ["causal_conv1d_update", "selective_state_update", "ssd_state_update"]
 UNLIMITED = (0.0, float("inf"))
 
 
-def _check_floats(op: str, **tensors: Tensor | None) -> None:
-    for name, value in tensors.items():
-        if value is not None:
-            check_tensor(op, name, value)
-            check_dtype(op, name, value)
-
-
-def _check_no_grad(op: str, parallel_op: str, **tensors: Tensor | None) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, value in tensors.items():
-        if value is not None and value.requires_grad:
+def _check_floats(op: str, parallel_op: str, required: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
+    """Check that all are float tensors, and that no gradient is expected of them."""
+    given = [*required.items(), *((name, value) for name, value in optional.items() if value is not None)]
+    differentiates = torch.is_grad_enabled()
+    for name, value in given:
+        check_tensor(op, name, value)
+        check_dtype(op, name, value)
+        if differentiates and value.requires_grad:
             raise RuntimeError(
                 f"{op} updates its state in place and has no gradient, but `{name}` requires one; run it under "
                 f"torch.no_grad(), or use {parallel_op} with initial_states to differentiate."
@@ -112,8 +108,9 @@ def selective_state_update(
         torch.Size([2, 6])
     """
     op = "selective_state_update"
-    _check_floats(op, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    _check_no_grad(op, "selective_scan", state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    required = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C}
+    optional = {"D": D, "z": z, "dt_bias": dt_bias}
+    _check_floats(op, "selective_scan", required, optional)
     if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] == 0):
         raise ValueError(f"{op}: `x` must have shape (B, D), or (B, T, D) with T >= 1, got {tuple(x.shape)}.")
     channels, lead = x.shape[-1], tuple(x.shape[:-1])
@@ -129,9 +126,7 @@ def selective_state_update(
         check_dtype(op, "z", z, (x.dtype,))
         check_shape(op, "z", z, tuple(x.shape), legend)
     _check_rows(op, "state", state, x.shape[0], state_indices)
-    check_same_device(
-        op, ("x", x), state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_indices=state_indices
-    )
+    check_same_device(op, ("x", x), **required, **optional, state_indices=state_indices)
     reference = select(op, x.device) == "reference"
     implementation = selective_state_update_ref if reference else selective_state_update_eager
     return implementation(
@@ -202,8 +197,9 @@ def ssd_state_update(
         torch.Size([2, 3, 8])
     """
     op = "ssd_state_update"
-    _check_floats(op, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    _check_no_grad(op, "ssd_chunk_scan", state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    required = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C}
+    optional = {"D": D, "z": z, "dt_bias": dt_bias}
+    _check_floats(op, "ssd_chunk_scan", required, optional)
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[1] == 0):
         raise ValueError(f"{op}: `x` must have shape (B, H, P), or (B, T, H, P) with T >= 1, got {tuple(x.shape)}.")
     (heads, head_dim), lead = x.shape[-2:], tuple(x.shape[:-2])
@@ -225,9 +221,7 @@ def ssd_state_update(
     if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"{op}: `dt_limit` must be (smallest, largest) with smallest <= largest, got {dt_limit}.")
     _check_rows(op, "state", state, x.shape[0], state_indices)
-    check_same_device(
-        op, ("x", x), state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_indices=state_indices
-    )
+    check_same_device(op, ("x", x), **required, **optional, state_indices=state_indices)
     implementation = ssd_state_update_ref if select(op, x.device) == "reference" else ssd_state_update_eager
     return implementation(
         state,
@@ -284,8 +278,8 @@ def causal_conv1d_update(
         torch.Size([2, 6])
     """
     op = "causal_conv1d_update"
-    _check_floats(op, x=x, conv_state=conv_state, weight=weight, bias=bias)
-    _check_no_grad(op, "causal_conv1d", x=x, conv_state=conv_state, weight=weight, bias=bias)
+    required = {"x": x, "conv_state": conv_state, "weight": weight}
+    _check_floats(op, "causal_conv1d", required, {"bias": bias})
     check_activation(op, activation)
     if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] == 0):
         raise ValueError(f"{op}: `x` must have shape (B, D), or (B, T, D) with T >= 1, got {tuple(x.shape)}.")
