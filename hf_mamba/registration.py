@@ -69,6 +69,12 @@ class _LazyContent(dict):
             value = self[key] = value.load()
         return value
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def copy(self) -> dict:
+        return dict(self.items())
+
     def __iter__(self) -> Iterator:
         return iter(list(super().__iter__()))
 

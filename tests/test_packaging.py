@@ -72,15 +72,23 @@ def import_cost(code: str) -> tuple[float, set[str]]:
 NATIVE_CONFIGS = "transformers.MambaConfig, transformers.Mamba2Config, transformers.FalconMambaConfig"
 
 
-def test_importing_is_cheap() -> None:
-    native = import_cost(NATIVE_CONFIGS)
-    allowance = native[0] if "transformers.generation.utils" in native[1] else 0.0
-    best = min(import_cost("import hf_mamba")[0] for _ in range(3))
-    assert best < IMPORT_LIMIT_S + allowance, f"import hf_mamba adds {best:.2f} s of CPU time"
+@pytest.fixture(scope="module")
+def native_cost() -> tuple[float, set[str]]:
+    return import_cost(NATIVE_CONFIGS)
 
 
-def test_importing_leaves_the_heavy_modules_alone() -> None:
-    loaded = import_cost("import hf_mamba")[1] - import_cost(NATIVE_CONFIGS)[1]
+def test_importing_is_cheap(native_cost: tuple[float, set[str]]) -> None:
+    """The least of up to three tries counts, since even CPU time varies on a busy machine."""
+    seconds, modules = native_cost
+    limit = IMPORT_LIMIT_S + (seconds if "transformers.generation.utils" in modules else 0.0)
+    tries: list[float] = []
+    while len(tries) < 3 and (not tries or tries[-1] >= limit):
+        tries.append(import_cost("import hf_mamba")[0])
+    assert min(tries) < limit, f"import hf_mamba adds {min(tries):.2f} s of CPU time, the limit is {limit:.2f} s"
+
+
+def test_importing_leaves_the_heavy_modules_alone(native_cost: tuple[float, set[str]]) -> None:
+    loaded = import_cost("import hf_mamba")[1] - native_cost[1]
     assert "hf_mamba.registration" in loaded
     heavy = [name for name in loaded if "modeling_" in name or name in ("triton", "accelerate", "peft")]
     assert [name for name in heavy if name != "transformers.models.auto.modeling_auto"] == []

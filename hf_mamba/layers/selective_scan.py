@@ -4,6 +4,7 @@ Symbols: B batch, L length, d model width, D inner width, N state size, R time-s
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +86,10 @@ class SelectiveScanMixer(nn.Module):
         """
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
-        if can_step(ssm_state, hidden_states, seq_idx):
+        if ssm_state is not None and can_step(hidden_states, seq_idx):
             x = self.conv1d(x[:, 0], conv_state=conv_state)
             dt, B, C, dt_bias = self._ssm_parameters(x)
-            y = selective_state_update(
+            y: Any = selective_state_update(
                 ssm_state,
                 x,
                 dt,
@@ -98,8 +99,8 @@ class SelectiveScanMixer(nn.Module):
                 D=self.D,
                 z=z[:, 0],
                 dt_bias=dt_bias,
-            )[:, None]
-            return self.out_proj(y)
+            )
+            return self.out_proj(y[:, None])
         keep_states = cache is not None
         x = self.conv1d(
             x,
@@ -122,7 +123,7 @@ class SelectiveScanMixer(nn.Module):
             seq_idx=seq_idx,
             return_final_states=keep_states,
         )
-        if keep_states:
+        if cache is not None:
             y, final_ssm_state = y
             write_states(cache, self.layer_idx, final_conv_state, final_ssm_state)
         return self.out_proj(y)
@@ -142,9 +143,9 @@ class SelectiveScanMixer(nn.Module):
         return self.dt_proj(dt), B, C, None
 
 
-def can_step(ssm_state: Tensor | None, hidden_states: Tensor, seq_idx: Tensor | None) -> bool:
-    """Whether the in-place single-token update applies: states at hand, one real token, no gradient wanted."""
-    return ssm_state is not None and hidden_states.shape[1] == 1 and seq_idx is None and not torch.is_grad_enabled()
+def can_step(hidden_states: Tensor, seq_idx: Tensor | None) -> bool:
+    """Whether the in-place single-token update applies to states at hand: one real token, no gradient wanted."""
+    return hidden_states.shape[1] == 1 and seq_idx is None and not torch.is_grad_enabled()
 
 
 def initial_dt_bias(config, size: int, device: torch.device) -> Tensor:

@@ -3,6 +3,8 @@
 Symbols: B batch, L length, d model width, D inner width, H heads, P head dim, G groups, N state size, W convolution width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -82,9 +84,9 @@ class SSDMixer(nn.Module):
         z, xBC, dt = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
         A = -torch.exp(self.A_log.float())
-        if can_step(ssm_state, hidden_states, seq_idx):
+        if ssm_state is not None and can_step(hidden_states, seq_idx):
             x, B, C = self._split(self.conv1d(xBC[:, 0], conv_state=conv_state))
-            y = ssd_state_update(
+            y: Any = ssd_state_update(
                 ssm_state,
                 x,
                 dt[:, 0],
@@ -119,7 +121,7 @@ class SSDMixer(nn.Module):
             seq_idx=seq_idx,
             return_final_states=keep_states,
         )
-        if keep_states:
+        if cache is not None:
             y, final_ssm_state = y
             write_states(cache, self.layer_idx, final_conv_state, final_ssm_state)
         return self.out_proj(self.norm(y.flatten(-2), z))

@@ -21,7 +21,7 @@ class _WithBackbone(RecurrentPreTrainedModel):
     model_class: type[RecurrentModel]
     output_class: type
 
-    def total_loss(self, loss: Tensor, outputs: Any, labels: Tensor, loss_kwargs: dict[str, Any]) -> Tensor:
+    def total_loss(self, loss: Tensor, outputs: Any, labels: Tensor | None, loss_kwargs: dict[str, Any]) -> Tensor:
         """The loss of the labels and whatever else the backbone's `outputs` ask for; MoE-Mamba adds its router's losses."""
         return loss
 
@@ -106,12 +106,12 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, _WithBackbone):
             if value is not None:
                 check_labels(value, tuple(logits.shape[:2]), "; with labels leave `logits_to_keep` at 0", name=name)
         if labels is not None or shift_labels is not None:
-            targets = labels
+            targets = None
             if labels is not None:
                 cu_seqlens = same_lengths(cu_seq_lens_q, cu_seq_lens_k)
                 targets = _without_first_tokens(labels, attention_mask, position_ids, seq_idx, cu_seqlens)
             loss = self.loss_function(logits=logits, labels=targets, vocab_size=self.config.vocab_size, **loss_kwargs)
-            loss = self.total_loss(loss, outputs, shift_labels if labels is None else labels, loss_kwargs)
+            loss = self.total_loss(loss, outputs, labels, loss_kwargs)
         output = self.make_output(outputs, loss, logits)
         if return_dict:
             return output

@@ -48,8 +48,8 @@ def check_token_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, h
         raise ValueError(f"`inputs_embeds` must have shape (B, L, {hidden_size}), got {tuple(inputs_embeds.shape)}.")
 
 
-def embed_tokens(embeddings: nn.Module, input_ids: Tensor) -> Tensor:
-    """Call `embeddings` on `input_ids` (B, L), with an error that says which ids it does not have."""
+def embed_tokens(embeddings: nn.Module, input_ids: Any) -> Tensor:
+    """Call `embeddings` on the tensor `input_ids` (B, L), with an error that says which ids it does not have."""
     weight = getattr(embeddings, "weight", None)
     # an offloaded embedding moves its inputs by itself
     if weight is not None and not hasattr(embeddings, "_hf_hook") and weight.device != input_ids.device:
@@ -123,13 +123,16 @@ def check_cache(cache: Cache, layers: nn.ModuleList) -> None:
             )
         if states.has_previous_state[0]:
             conv_shape, ssm_shape = mixer.state_shapes
-            conv_given, ssm_given = states.conv_states[0].shape[1:], states.recurrent_states[0].shape[1:]
+            conv_given, ssm_given = (
+                () if state is None else tuple(state.shape[1:])
+                for state in (states.conv_states[0], states.recurrent_states[0])
+            )
             # native classes keep W columns of the W - 1 that are read
-            columns = conv_given[-1] - conv_shape[-1]
-            if conv_given[:-1] != conv_shape[:-1] or columns not in (0, 1) or ssm_given != ssm_shape:
+            channels, context = conv_shape
+            if conv_given not in (conv_shape, (channels, context + 1)) or ssm_given != ssm_shape:
                 raise ValueError(
-                    f"`past_key_values` holds states of shapes {tuple(conv_given)} and {tuple(ssm_given)} a row, but the "
-                    f"model's are {conv_shape} and {ssm_shape}{advice}"
+                    f"`past_key_values` holds states of shapes {conv_given} and {ssm_given} a row, but the model's are "
+                    f"{conv_shape} and {ssm_shape}{advice}"
                 )
         return
 

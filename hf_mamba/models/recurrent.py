@@ -90,13 +90,14 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the checkpoint lacks tensors.
         """
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
             key_mapping=ORIGINAL_KEYS | (key_mapping or {}),
             output_loading_info=True,
             **kwargs,
         )
+        model, info = loaded
         missing = sorted(key for key in info["missing_keys"] if not key.startswith(cls._new_head))
         if missing and not allow_missing:
             shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")

@@ -445,7 +445,7 @@ class _WithRouterLosses(MoeMambaPreTrainedModel):
     `output_router_logits` is set; an evaluation loss is otherwise the plain one.
     """
 
-    def total_loss(self, loss: Tensor, outputs: Any, labels: Tensor, loss_kwargs: dict[str, Any]) -> Tensor:
+    def total_loss(self, loss: Tensor, outputs: Any, labels: Tensor | None, loss_kwargs: dict[str, Any]) -> Tensor:
         share = self._share(labels, loss_kwargs)
         for name in ("aux_loss", "z_loss"):
             value = outputs.get(name)
@@ -453,7 +453,7 @@ class _WithRouterLosses(MoeMambaPreTrainedModel):
                 loss = loss + share * getattr(self.config, f"router_{name}_coef") * value.to(loss.device)
         return loss
 
-    def _share(self, labels: Tensor, loss_kwargs: dict[str, Any]) -> Tensor | float:
+    def _share(self, labels: Any, loss_kwargs: dict[str, Any]) -> Tensor | float:
         """The part of an accumulated batch that these labels are.
 
         With `num_items_in_batch` the other loss terms are sums divided by the items of all micro-batches together; the

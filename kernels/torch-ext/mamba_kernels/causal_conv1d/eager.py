@@ -14,8 +14,8 @@ from ..packing import cu_seqlens_to_seq_idx, segments_and_valid
 
 __all__ = ["causal_conv1d_eager"]
 
-# elements of an fp32 block of tokens; two or three such blocks fit the second or third level cache of a core
-BLOCK_ELEMENTS = 2**18
+# elements of a block of tokens; a few fp32 blocks fit the last level cache (docs/performance_notes_ssd_cpu.md)
+BLOCK_ELEMENTS = 2**19
 
 
 def _blocks(x: Tensor) -> list[tuple[int, int]]:

@@ -33,6 +33,7 @@ __all__ = [
     "state_parts",
     "strides_or_zeros",
     "token_scalars",
+    "wide",
 ]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -46,7 +47,13 @@ RESET = tl.constexpr(1)
 REAL = tl.constexpr(2)
 
 # integers that change from call to call: Triton must not compile anew for their divisibility
-LENGTH_ARGUMENTS = ["length", "chunk", "n_chunks", "n_slots", "first_slot", "save_every", "n_sequences", "iterations"]
+LENGTH_ARGUMENTS = ["length", "chunk", "n_chunks", "n_slots", "first_slot", "save_every", "n_saved", "n_sequences", "iterations"]
+
+
+@triton.jit
+def wide(i):
+    """An index as int64; also where it is a plain int, as loop variables are under the interpreter."""
+    return i + tl.full((), 0, tl.int64)
 
 
 @triton.jit
@@ -153,7 +160,7 @@ def load_projection(base, t, stride_t, stride_n, n, real, K: tl.constexpr, NP: t
                 scalars = scalars + token_scalars(word, base.dtype.element_ty)
         else:
             for j in tl.static_range(NP):
-                value = tl.load(row + (n + j).to(tl.int64) * stride_n, mask=real[k], other=0.0)
+                value = tl.load(row + wide(n + j) * stride_n, mask=real[k], other=0.0)
                 scalars = scalars + (value.to(tl.float32),)
         tokens = tokens + (scalars,)
         row += stride_t
@@ -161,9 +168,9 @@ def load_projection(base, t, stride_t, stride_n, n, real, K: tl.constexpr, NP: t
 
 
 @triton.jit
-def decay_of(delta, A2, cut, FLAGS: tl.constexpr):
-    """exp(delta A), or 0 where a sequence starts; A2 is A / ln 2."""
-    exponent = delta * A2
+def decay_of(delta, A_n, cut, FLAGS: tl.constexpr):
+    """exp(delta A), or 0 where a sequence starts; A_n is A / ln 2."""
+    exponent = delta * A_n
     if FLAGS:
         exponent += cut
     return tl.exp2(exponent)
@@ -174,7 +181,7 @@ def chunk_states_kernel(
     inputs,
     gates,
     dt,
-    A2,
+    A_t,
     vector,
     dt_bias,
     flags,
@@ -248,7 +255,7 @@ def chunk_states_kernel(
     A_n = ()
     acc = ()
     for j in tl.static_range(NP):
-        A_n = A_n + (tl.load(A2 + (n0 + j) * channels + d, mask=mask, other=CUT),)
+        A_n = A_n + (tl.load(A_t + (n0 + j) * channels + d, mask=mask, other=CUT) * LOG2_E,)
         acc = acc + (tl.zeros((BD,), tl.float32),)
     passed = tl.zeros((BD,), tl.float32)
     # 1 until a sequence boundary separates the tokens from the end that they are summed for

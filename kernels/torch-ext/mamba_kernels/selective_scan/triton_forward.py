@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .triton_common import (
     LENGTH_ARGUMENTS,
+    LOG2_E,
     chunk_bounds,
     chunk_states_kernel,
     chunk_table,
@@ -51,6 +52,9 @@ REGISTER_STATES = 16
 # programs that fill the device, as far as the sequence can be cut; chunks are of these lengths
 TARGET_PROGRAMS = 2048
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 1024
+# with at least this many programs the forward walks through whole sequences instead of cutting them
+UNSPLIT_PROGRAMS = 256
+PASS_BLOCK = 64
 
 
 class ScanInputs(NamedTuple):
@@ -58,7 +62,7 @@ class ScanInputs(NamedTuple):
 
     x: Tensor  # (B, L, D)
     dt: Tensor  # (B, L, D)
-    A2: Tensor  # (N, D) fp32, A / ln 2
+    A_t: Tensor  # (N, D) fp32
     B: Tensor  # (B, L, N) or (B, L, G, N)
     C: Tensor
     D: Tensor | None
@@ -85,11 +89,35 @@ class Plan(NamedTuple):
     packed: bool  # whether B and C can be read four numbers at a time
 
 
+@triton.jit
+def _first_state(
+    starts,
+    initial,
+    slot,
+    state,
+    n,
+    d,
+    mask,
+    channels,
+    N: tl.constexpr,
+    FROM_STARTS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    BD: tl.constexpr,
+):
+    if FROM_STARTS:
+        h = tl.load(starts + (slot * N + n) * channels + d, mask=mask, other=0.0)
+    elif HAS_INITIAL:
+        h = tl.load(initial + (state * channels + d) * N + n, mask=mask, other=0.0).to(tl.float32)
+    else:
+        h = tl.zeros((BD,), tl.float32)
+    return h
+
+
 @triton.jit(do_not_specialize=LENGTH_ARGUMENTS)
 def _selective_scan_fwd_kernel(
     x,
     dt,
-    A2,
+    A_t,
     B,
     C,
     D,
@@ -124,6 +152,7 @@ def _selective_scan_fwd_kernel(
     chunk,
     n_chunks,
     save_every,
+    n_saved,
     N: tl.constexpr,
     GROUPS: tl.constexpr,
     BD: tl.constexpr,
@@ -170,24 +199,19 @@ def _selective_scan_fwd_kernel(
     parked += slot * N * channels
     n_tiles = tl.cdiv(end - start, K)
 
-    # the states of the first tile, and for N > NP the memory where states wait while the others are computed
-    h = ()
-    for n in range(0, N, NP):
-        h = ()
-        for j in tl.static_range(NP):
-            if FROM_STARTS:
-                h_n = tl.load(starts + (slot * N + n + j) * channels + d, mask=mask, other=0.0)
-            elif HAS_INITIAL:
-                h_n = tl.load(initial + (state * channels + d) * N + n + j, mask=mask, other=0.0).to(tl.float32)
-            else:
-                h_n = tl.zeros((BD,), tl.float32)
-            h = h + (h_n,)
-            if NP < N:
-                tl.store(parked + (n + j) * channels + d, h_n, mask=mask)
+    # up to NP states stay in registers; more of them wait in `parked` while the others are computed
     A_n = ()
+    h = ()
     if NP == N:
-        for j in tl.static_range(N):
-            A_n = A_n + (tl.load(A2 + j * channels + d, mask=mask, other=0.0),)
+        for n in tl.static_range(N):
+            A_n = A_n + (tl.load(A_t + n * channels + d, mask=mask, other=0.0) * LOG2_E,)
+            h = h + (
+                _first_state(starts, initial, slot, state, n, d, mask, channels, N, FROM_STARTS, HAS_INITIAL, BD),
+            )
+    else:
+        for n in range(0, N):
+            h_n = _first_state(starts, initial, slot, state, n, d, mask, channels, N, FROM_STARTS, HAS_INITIAL, BD)
+            tl.store(parked + n * channels + d, h_n, mask=mask)
 
     real, cut = rows_of_tile(flags, start, end, K, FLAGS)
     next_dt = load_rows(dt, start, stride_dt_t, d * stride_dt_d, mask, real, K)
@@ -222,6 +246,16 @@ def _selective_scan_fwd_kernel(
             u = u + (delta_k * x_k,)
             out = out + (skip * x_k,)
 
+        if SAVE:
+            if i % save_every == 0:
+                entry = starts + (row * n_saved + i // save_every) * N * channels + d
+                if NP == N:
+                    for n in tl.static_range(N):
+                        tl.store(entry + n * channels, h[n], mask=mask)
+                else:
+                    for n in range(0, N):
+                        h_n = tl.load(parked + n * channels + d, mask=mask, other=0.0)
+                        tl.store(entry + n * channels, h_n, mask=mask)
         for n in range(0, N, NP):
             B_t = load_projection(B, t, stride_B_t, stride_B_n, n, real, K, NP, PACKED)
             C_t = load_projection(C, t, stride_C_t, stride_C_n, n, real, K, NP, PACKED)
@@ -231,14 +265,8 @@ def _selective_scan_fwd_kernel(
                     a_n = A_n[j]
                     h_n = h[j]
                 else:
-                    a_n = tl.load(A2 + (n + j) * channels + d, mask=mask, other=0.0)
+                    a_n = tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E
                     h_n = tl.load(parked + (n + j) * channels + d, mask=mask, other=0.0)
-                if SAVE:
-                    if i % save_every == 0:
-                        entry = (slot + i // save_every) * N + n + j
-                        if not FROM_STARTS:
-                            entry = (row * (n_chunks * tl.cdiv(n_tiles, save_every)) + i // save_every) * N + n + j
-                        tl.store(starts + entry * channels + d, h_n, mask=mask)
                 sums = ()
                 for k in tl.static_range(K):
                     h_n = decay_of(delta[k], a_n, cut[k], FLAGS) * h_n + u[k] * B_t[k][j]
@@ -260,10 +288,203 @@ def _selective_scan_fwd_kernel(
 
     if FINAL:
         if is_last:
-            for n in range(0, N, NP):
-                for j in tl.static_range(NP):
-                    if NP == N:
-                        h_n = h[j]
-                    else:
-                        h_n = tl.load(parked + (n + j) * channels + d, mask=mask, other=0.0)
-                    tl.store(final + (state * channels + d) * N + n + j, h_n, mask=mask)
+            sink = final + (state * channels + d) * N
+            if NP == N:
+                for n in tl.static_range(N):
+                    tl.store(sink + n, h[n], mask=mask)
+            else:
+                for n in range(0, N):
+                    tl.store(sink + n, tl.load(parked + n * channels + d, mask=mask, other=0.0), mask=mask)
+
+
+def plan_of(inputs: ScanInputs) -> Plan:
+    """Cut time so that about TARGET_PROGRAMS programs can work at once, if the sequence is long enough."""
+    batch, length, channels = inputs.x.shape
+    groups = 1 if inputs.B.dim() == 3 else inputs.B.shape[2]
+    programs = batch * groups * triton.cdiv(channels // groups, FORWARD.channels)
+    chunk = SHORTEST_CHUNK
+    while chunk < LONGEST_CHUNK and programs * triton.cdiv(length, 2 * chunk) >= TARGET_PROGRAMS:
+        chunk *= 2
+    if inputs.cu_seqlens is None:
+        n_chunks = triton.cdiv(length, chunk)
+        n_slots = batch * n_chunks
+        split = n_chunks > 1 and programs < UNSPLIT_PROGRAMS
+    else:
+        n_chunks = n_slots = length // chunk + inputs.cu_seqlens.shape[0] - 1
+        split = True
+    return Plan(
+        batch=batch,
+        length=length,
+        channels=channels,
+        size=inputs.A_t.shape[0],
+        groups=groups,
+        chunk=chunk,
+        n_chunks=n_chunks,
+        n_slots=n_slots,
+        split=split,
+        packed=_can_be_packed(inputs.B) and _can_be_packed(inputs.C),
+    )
+
+
+def _can_be_packed(value: Tensor) -> bool:
+    """Whether four numbers at a time can be read as an aligned 64-bit word, state index fastest."""
+    *outer, last = value.stride()
+    return (
+        value.element_size() == 2
+        and last == 1
+        and value.shape[-1] % 4 == 0
+        and all(stride % 4 == 0 for stride in outer)
+        and value.storage_offset() % 4 == 0
+    )
+
+
+def launch_chain(
+    inputs: ScanInputs,
+    plan: Plan,
+    table: Tensor | None,
+    outer: Tensor | None,
+    grad_y: Tensor | None = None,
+) -> Tensor:
+    """The state that enters each chunk, (slots, N, D) fp32; with `grad_y` the gradient of the state that leaves it.
+
+    `outer` (sequences, D, N): initial states, or the gradient of the final states.
+    """
+    backward = grad_y is not None
+    values = inputs.x if grad_y is None else grad_y
+    gates = inputs.z if backward else None
+    vector = inputs.C if backward else inputs.B
+    states, decay = torch.empty(
+        (2, plan.n_slots, plan.size, plan.channels), dtype=torch.float32, device=inputs.x.device
+    ).unbind(0)
+    parts = state_parts(plan.size, REGISTER_STATES)
+    tuning = CHUNK_STATES
+    blocks = plan.groups * triton.cdiv(plan.channels // plan.groups, tuning.channels)
+    placeholder = inputs.A_t
+    chunk_states_kernel[(plan.n_slots * blocks * (plan.size // parts),)](
+        values,
+        placeholder if gates is None else gates,
+        inputs.dt,
+        inputs.A_t,
+        vector,
+        placeholder if inputs.dt_bias is None else inputs.dt_bias,
+        placeholder if inputs.flags is None else inputs.flags,
+        placeholder if table is None else table,
+        states,
+        decay,
+        *values.stride(),
+        *strides_or_zeros(gates, 3),
+        *inputs.dt.stride(),
+        *strides_or_zeros(vector, 4),
+        plan.length,
+        plan.channels,
+        plan.chunk,
+        plan.n_chunks,
+        N=plan.size,
+        GROUPS=plan.groups,
+        BD=tuning.channels,
+        K=tuning.tile,
+        NP=parts,
+        HAS_GATE=gates is not None,
+        HAS_BIAS=inputs.dt_bias is not None,
+        SOFTPLUS=inputs.dt_softplus,
+        FLAGS=inputs.flags is not None,
+        VARLEN=table is not None,
+        PACKED=plan.packed and parts % 4 == 0,
+        BACKWARD=backward,
+        num_warps=tuning.warps,
+    )
+    rows = 1 if table is not None else plan.batch
+    pass_states_kernel[(rows * plan.size * triton.cdiv(plan.channels, PASS_BLOCK),)](
+        states,
+        decay,
+        placeholder if outer is None else outer,
+        placeholder if table is None else table,
+        plan.length,
+        plan.channels,
+        plan.chunk,
+        plan.n_chunks,
+        N=plan.size,
+        BD=PASS_BLOCK,
+        UNROLL=8,
+        HAS_OUTER=outer is not None,
+        VARLEN=table is not None,
+        BACKWARD=backward,
+        num_warps=1,
+    )
+    return states
+
+
+def scan_forward(
+    inputs: ScanInputs,
+    plan: Plan,
+    save: bool,
+    return_final_states: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Returns y (B, L, D); the final states (sequences, D, N); the chunk table; the states before each chunk if `save`."""
+    x = inputs.x
+    table = None if inputs.cu_seqlens is None else chunk_table(inputs.cu_seqlens, plan.length, plan.chunk)
+    starts = None
+    if plan.split:
+        starts = launch_chain(inputs, plan, table, inputs.initial_states)
+    elif save:
+        starts = x.new_empty((plan.n_slots, plan.size, plan.channels), dtype=torch.float32)
+    y = torch.empty((plan.batch, plan.length, plan.channels), dtype=x.dtype, device=x.device)
+    final = None
+    if return_final_states:
+        n_states = plan.batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+        final = x.new_empty((n_states, plan.channels, plan.size), dtype=torch.float32)
+    in_registers = plan.size <= REGISTER_STATES
+    parts = plan.size if in_registers else state_parts(plan.size, 4)
+    programs = plan.n_slots if plan.split else plan.batch
+    tuning = FORWARD
+    placeholder = inputs.A_t
+    parked = placeholder
+    if not in_registers:
+        parked = x.new_empty((programs, plan.size, plan.channels), dtype=torch.float32)
+    blocks = plan.groups * triton.cdiv(plan.channels // plan.groups, tuning.channels)
+    _selective_scan_fwd_kernel[(programs * blocks,)](
+        x,
+        inputs.dt,
+        inputs.A_t,
+        inputs.B,
+        inputs.C,
+        placeholder if inputs.D is None else inputs.D,
+        x if inputs.z is None else inputs.z,
+        placeholder if inputs.dt_bias is None else inputs.dt_bias,
+        placeholder if inputs.flags is None else inputs.flags,
+        placeholder if table is None else table,
+        placeholder if inputs.initial_states is None else inputs.initial_states,
+        placeholder if starts is None else starts,
+        parked,
+        placeholder if final is None else final,
+        y,
+        *x.stride(),
+        *inputs.dt.stride(),
+        *strides_or_zeros(inputs.z, 3),
+        *strides_or_zeros(inputs.B, 4),
+        *strides_or_zeros(inputs.C, 4),
+        plan.length,
+        plan.channels,
+        plan.chunk if plan.split else plan.length,
+        plan.n_chunks if plan.split else 1,
+        plan.chunk // tuning.tile,
+        plan.n_chunks,
+        N=plan.size,
+        GROUPS=plan.groups,
+        BD=tuning.channels,
+        K=tuning.tile,
+        NP=parts,
+        HAS_D=inputs.D is not None,
+        HAS_Z=inputs.z is not None,
+        HAS_BIAS=inputs.dt_bias is not None,
+        SOFTPLUS=inputs.dt_softplus,
+        HAS_INITIAL=inputs.initial_states is not None,
+        FROM_STARTS=plan.split,
+        SAVE=save and not plan.split,
+        FINAL=return_final_states,
+        FLAGS=inputs.flags is not None,
+        VARLEN=table is not None,
+        PACKED=plan.packed and parts % 4 == 0,
+        num_warps=tuning.warps,
+    )
+    return y, final, table, starts

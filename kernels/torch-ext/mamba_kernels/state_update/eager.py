@@ -1,7 +1,7 @@
 """Single-token and few-token updates in vectorised torch, on any device.
 
 Decoding is bound by the number of calls as much as by the work, so a token takes about ten calls on whole tensors. Both
-recurrences run as one: a head of Mamba-2 is P channels that share their step size and their scalar A.
+recurrences run as one: a channel of Mamba is a head with P = 1 and its own N decays, a head of Mamba-2 has one decay.
 
 Symbols: B batch, T tokens, S rows of the state, D channels, N state size, H heads, P head dim, G groups, W conv width,
 K tokens kept by the conv state.
@@ -67,26 +67,26 @@ def _update(
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence of both families: h = exp(delta A) h + delta B x, y = (C · h + D x) silu(z).
 
-    state (S, …, N); x, delta, z (B, T, D); A (D, N) or (D, 1); B, C (B, T, G, N); D (D,) → y (B, T, D) and, on demand, the
-    state after each token (B, T, …, N).
+    state (S, …, N) with H · P channels; x, z (B, T, H, P); delta (B, T, H, 1); A (H, 1, N) or (H, 1, 1); B, C (B, T, G, N);
+    D (H, P) or (H, 1) → y (B, T, H, P) and, on demand, the state after each token (B, T, …, N).
     """
     dtype = _compute_dtype(x)
-    batch, tokens, groups, size = B.shape
+    batch, tokens, heads, head_dim = x.shape
+    groups, size = B.shape[2:]
     rows = _take_rows(state, state_indices, dtype)
-    h = rows.view(batch, groups, -1, size)
-    channels = h.shape[2]
-    x = x.to(dtype)
-    inputs = (delta * x).view(batch, tokens, groups, channels, 1)
+    by_head, by_group = rows.view(batch, heads, head_dim, size), rows.view(batch, groups, -1, size)
+    flat = by_group.flatten(0, 1)
+    x, A, B, C = x.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+    inputs = (delta * x).view(batch, tokens, groups, -1, 1)
     # exp2 is about twice as fast as exp
-    exponents = (delta * math.log2(math.e)).view(inputs.shape)
-    A = A.to(dtype).reshape(groups, channels, -1)
-    B, C = B.to(dtype), C.to(dtype)
-    y = torch.empty((tokens, batch, groups * channels), dtype=dtype, device=x.device)
+    exponents = (delta * math.log2(math.e))[..., None]
+    y = torch.empty((tokens, batch, heads, head_dim), dtype=dtype, device=x.device)
     step_states = []
     for t in range(tokens):
-        h.mul_((exponents[:, t] * A).exp2_()).addcmul_(inputs[:, t], B[:, t, :, None])
+        by_head.mul_((exponents[:, t] * A).exp2_())
+        by_group.addcmul_(inputs[:, t], B[:, t, :, None])
         # with `out=`, which autocast leaves alone
-        torch.bmm(h.view(-1, channels, size), C[:, t].reshape(-1, size, 1), out=y[t].view(-1, channels, 1))
+        torch.bmm(flat, C[:, t].reshape(-1, size, 1), out=y[t].view(batch * groups, -1, 1))
         if return_step_states:
             step_states.append(rows.to(state.dtype, copy=True))
     _put_rows(state, state_indices, rows)
@@ -116,18 +116,18 @@ def selective_state_update_eager(
     return_step_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_state_update` in vectorised torch; arguments as there, assumed to be checked."""
-    batch, channels = x.shape[0], x.shape[-1]
-    tokens = 1 if x.dim() == 2 else x.shape[1]
+    # every channel is a head of its own
+    shape = (x.shape[0], 1 if x.dim() == 2 else x.shape[1], x.shape[-1], 1)
     size = A.shape[1]
     y, step_states = _update(
         state,
-        x.reshape(batch, tokens, channels),
-        _step_size(dt, dt_bias, dt_softplus, _compute_dtype(x)).reshape(batch, tokens, channels),
-        A,
-        B.reshape(batch, tokens, -1, size),
-        C.reshape(batch, tokens, -1, size),
-        D,
-        None if z is None else z.reshape(batch, tokens, channels),
+        x.reshape(shape),
+        _step_size(dt, dt_bias, dt_softplus, _compute_dtype(x)).reshape(shape),
+        A[:, None],
+        B.reshape(*shape[:2], -1, size),
+        C.reshape(*shape[:2], -1, size),
+        None if D is None else D[:, None],
+        None if z is None else z.reshape(shape),
         state_indices,
         return_step_states,
     )
@@ -153,28 +153,20 @@ def ssd_state_update_eager(
     return_step_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ssd_state_update` in vectorised torch; arguments as there, assumed to be checked."""
-    batch, (heads, head_dim) = x.shape[0], x.shape[-2:]
-    tokens = 1 if x.dim() == 3 else x.shape[1]
-    channels, size = heads * head_dim, state.shape[-1]
-
-    def per_channel(value: Tensor) -> Tensor:
-        """(…, H) → (…, H · P)."""
-        return value[..., None].expand(*value.shape, head_dim).flatten(-2)
-
+    shape = (x.shape[0], 1 if x.dim() == 3 else x.shape[1], *x.shape[-2:])
+    size = state.shape[-1]
     delta = _step_size(dt, dt_bias, dt_softplus, _compute_dtype(x))
     if dt_limit != (0.0, float("inf")) or not dt_softplus:
         delta = delta.clamp(*dt_limit)
-    if D is not None:
-        D = per_channel(D) if D.dim() == 1 else D.flatten()
     y, step_states = _update(
         state,
-        x.reshape(batch, tokens, channels),
-        per_channel(delta).view(batch, tokens, channels),
-        per_channel(A)[:, None],
-        B.reshape(batch, tokens, -1, size),
-        C.reshape(batch, tokens, -1, size),
-        D,
-        None if z is None else z.reshape(batch, tokens, channels),
+        x.reshape(shape),
+        delta.reshape(*shape[:3], 1),
+        A[:, None, None],
+        B.reshape(*shape[:2], -1, size),
+        C.reshape(*shape[:2], -1, size),
+        D[:, None] if D is not None and D.dim() == 1 else D,
+        None if z is None else z.reshape(shape),
         state_indices,
         return_step_states,
     )

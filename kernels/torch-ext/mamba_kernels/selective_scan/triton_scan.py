@@ -1,0 +1,139 @@
+"""The Triton selective scan as a differentiable op: `selective_scan_triton`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import first_order_only
+from ..packing import resets_and_valid
+from .eager import selective_scan_eager
+from .triton_backward import scan_backward
+from .triton_forward import Plan, ScanInputs, plan_of, scan_forward
+
+__all__ = ["SelectiveScanTritonFunction", "selective_scan_triton"]
+
+LARGEST_STATE = 256
+
+
+class SelectiveScanTritonFunction(torch.autograd.Function):
+    """The scan, differentiable once; `final_states` counts as a second output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_states: Tensor | None,
+        flags: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dt_softplus: bool,
+        return_final_states: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        inputs = _inputs(x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, dt_softplus)
+        plan = plan_of(inputs)
+        y, final, table, starts = scan_forward(inputs, plan, True, return_final_states)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, table, starts)
+        ctx.dt_softplus = dt_softplus
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @first_order_only("selective_scan")
+    def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        *operands, table, starts = ctx.saved_tensors
+        x, _, A, _, _, _, _, _, initial_states, *_ = operands
+        inputs = _inputs(*operands, ctx.dt_softplus)
+        if grad_y is None:
+            grad_y = x.new_zeros(1, 1, 1).expand_as(x)
+        if grad_final is not None:
+            grad_final = grad_final.contiguous()
+        grads = list(scan_backward(inputs, plan_of(inputs), table, starts, grad_y, grad_final))
+        grads[2] = grads[2].to(A.dtype)
+        if initial_states is not None:
+            grads[8] = grads[8].to(initial_states.dtype)
+        return (*grads, None, None, None, None)
+
+
+def _inputs(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    flags: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+) -> ScanInputs:
+    return ScanInputs(
+        x=x,
+        dt=dt,
+        # transposed, so that neighbouring threads read neighbouring channels
+        A_t=torch.empty((A.shape[1], A.shape[0]), dtype=torch.float32, device=A.device).copy_(A.t()),
+        B=B,
+        C=C,
+        D=None if D is None else D.contiguous(),
+        z=z,
+        dt_bias=None if dt_bias is None else dt_bias.contiguous(),
+        initial_states=None if initial_states is None else initial_states.contiguous(),
+        flags=flags,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        dt_softplus=dt_softplus,
+    )
+
+
+def selective_scan_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_scan` in Triton; arguments as there, assumed to be checked. fp64, N > 256 and empty inputs run in eager."""
+    floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    double = any(value is not None and value.dtype == torch.float64 for value in floats)
+    if double or x.numel() == 0 or not 0 < A.shape[1] <= LARGEST_STATE:
+        return selective_scan_eager(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_states=return_final_states,
+        )
+    flags = None
+    if seq_idx is not None:
+        resets, valid = resets_and_valid(seq_idx)
+        flags = resets.to(torch.int8) + 2 * valid.to(torch.int8)
+    options = (flags, cu_seqlens, dt_softplus)
+    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats):
+        y, final = SelectiveScanTritonFunction.apply(*floats, *options, return_final_states)
+    else:
+        inputs = _inputs(*floats, *options)
+        y, final, _, _ = scan_forward(inputs, plan_of(inputs), False, return_final_states)
+    return (y, final) if return_final_states else y
