@@ -154,8 +154,8 @@ def _layout_from_positions(batch: int, length: int, padding: Tensor | None, posi
         return _packed(_numbered(positions))
     # positions at padding mean nothing: number the sequences after the real tokens have been brought together
     layout = _left_aligned(torch.where(padding, 0, -1).to(torch.int32))
-    aligned = torch.where(layout.seq_idx >= 0, _numbered(layout.align(positions)), -1)
-    return SequenceLayout(seq_idx=aligned, order=layout.order)
+    numbers = _numbered(layout.align(positions))
+    return SequenceLayout(seq_idx=numbers.masked_fill(~layout.align(padding), -1), order=layout.order)
 
 
 def _numbered(positions: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Prompt:
         def cut(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[:, values.shape[1] - count :]
 
-        input_ids = self.input_ids if self.inputs_embeds is not None else cut(self.input_ids)
+        input_ids = self.input_ids if self.inputs_embeds is not None else self.input_ids[:, self.length - count :]
         return Prompt(input_ids, cut(self.inputs_embeds), cut(self.attention_mask), cut(self.position_ids))
 
     def left_padded(self) -> "Prompt":

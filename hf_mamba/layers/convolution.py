@@ -1,5 +1,7 @@
 """The short causal convolution in front of the scan, as a module that is always called, so that hooks and wrappers work."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -47,7 +49,7 @@ class CausalConv1d(nn.Conv1d):
         if conv_state is not None:
             out = causal_conv1d_update(x, conv_state, weight, self.bias, activation=self.fused_activation)
             return out if self.activation is None else self.activation(out)
-        out = causal_conv1d(
+        result: Any = causal_conv1d(
             x,
             weight,
             self.bias,
@@ -57,10 +59,10 @@ class CausalConv1d(nn.Conv1d):
             return_final_states=return_final_states,
         )
         if self.activation is None:
-            return out
+            return result
         if return_final_states:
-            return self.activation(out[0]), out[1]
-        return self.activation(out)
+            return self.activation(result[0]), result[1]
+        return self.activation(result)
 
     def context(self, conv_state: Tensor | None) -> Tensor | None:
         """The last W - 1 inputs out of a state (B, D, ≥ W - 1), as `initial_states`."""

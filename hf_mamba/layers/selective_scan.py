@@ -108,7 +108,8 @@ class SelectiveScanMixer(nn.Module):
             seq_idx=seq_idx,
             return_final_states=keep_states,
         )
-        x, final_conv_state = x if keep_states else (x, None)
+        if cache is not None:
+            x, final_conv_state = x
         dt, B, C, dt_bias = self._ssm_parameters(x)
         y = selective_scan(
             x,

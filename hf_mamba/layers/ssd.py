@@ -105,7 +105,8 @@ class SSDMixer(nn.Module):
             seq_idx=seq_idx,
             return_final_states=keep_states,
         )
-        xBC, final_conv_state = xBC if keep_states else (xBC, None)
+        if cache is not None:
+            xBC, final_conv_state = xBC
         x, B, C = self._split(xBC)
         y = ssd_chunk_scan(
             x,

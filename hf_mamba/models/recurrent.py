@@ -159,7 +159,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.make_layers(config))
         self.gradient_checkpointing = False
         self.norm_f = self.make_final_norm(config)
@@ -168,7 +168,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def make_layers(self, config: PreTrainedConfig) -> list[nn.Module]:
         return [self.block_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
 
-    def make_final_norm(self, config: PreTrainedConfig) -> nn.Module | None:
+    def make_final_norm(self, config: PreTrainedConfig) -> nn.Module:
         return RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
     def take_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:

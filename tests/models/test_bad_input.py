@@ -166,7 +166,7 @@ def test_language_model(inputs: dict, error: type, message: str) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"num_hidden_layers": 6}, "holds 6 layers, but the model has 2"),
+        ({"num_hidden_layers": 6}, "6 layers, but the model has 2"),
         ({"num_hidden_layers": 2, "state_size": 7}, "states of shapes .* a row"),
         ({"num_hidden_layers": 2, "conv_kernel": 7}, "states of shapes .* a row"),
     ],
@@ -382,5 +382,6 @@ def test_checkpoint_of_another_architecture(tmp_path) -> None:
     model = make_model("mamba")
     model.save_pretrained(tmp_path)
     config = CONFIGS["mamba2"]()
-    with pytest.raises(ValueError, match=r"lacks \d+ tensors of Mamba2ForCausalLM.* and \d+ more"):
+    # not even with this do the tensors pass that it does not have at all
+    with pytest.raises(ValueError, match=r"lacks 5 tensors of Mamba2ForCausalLM.*0.mixer.dt_bias.*0.mixer.norm.weight"):
         hf_mamba.Mamba2ForCausalLM.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)

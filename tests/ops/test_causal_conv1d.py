@@ -1,5 +1,7 @@
 """`causal_conv1d` against the window by window oracle: values, gradients, states, packing, tracing and errors."""
 
+import doctest
+import importlib
 import math
 from itertools import pairwise
 from typing import Any
@@ -305,6 +307,11 @@ ERRORS = {
     ),
     "device": (_replace(bias=torch.ones(5, device="meta")), ValueError, "`bias` is on meta but `x` is on cpu"),
 }
+
+
+def test_docstring_examples() -> None:
+    failed, attempted = doctest.testmod(importlib.import_module("mamba_kernels.causal_conv1d.interface"))
+    assert attempted and not failed
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -1,5 +1,7 @@
 """The de-facto names, signatures and layouts of the CUDA packages, against formulas written out here in fp64."""
 
+import doctest
+import importlib
 import inspect
 import math
 from typing import Any
@@ -868,6 +870,12 @@ def test_layer_norm_fn_errors() -> None:
             layer_norm_fn(x, weight, None, **options)
         with pytest.raises(ValueError, match=f"rms_norm_fn: {message}"):
             rms_norm_fn(x, weight, None, **options)
+
+
+@pytest.mark.parametrize("module", ["convolution", "mamba", "mamba2", "normalisation", "step"])
+def test_docstring_examples(module: str) -> None:
+    failed, attempted = doctest.testmod(importlib.import_module(f"mamba_kernels.compat.{module}"))
+    assert attempted and not failed
 
 
 def test_compile_fullgraph() -> None:

@@ -1,5 +1,7 @@
 """The RMS norms against their oracles: values, gradients, rounding, tracing and errors."""
 
+import doctest
+import importlib
 from typing import Any
 
 import pytest
@@ -222,6 +224,11 @@ ERRORS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], type[Exception], s
     ),
     "device": (rms_norm, (torch.ones(3), torch.ones(3, device="meta")), {}, ValueError, "`weight` is on meta"),
 }
+
+
+def test_docstring_examples() -> None:
+    failed, attempted = doctest.testmod(importlib.import_module("mamba_kernels.norm.interface"))
+    assert attempted and not failed
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -1,5 +1,7 @@
 """`ssd_chunk_scan` against the token by token oracle: values, gradients, packing, extremes, tracing and errors."""
 
+import doctest
+import importlib
 import math
 from itertools import pairwise
 from typing import Any
@@ -386,6 +388,11 @@ ERRORS = {
     ),
     "device": (_replace(D=torch.ones(4, device="meta")), ValueError, "`D` is on meta but `x` is on cpu"),
 }
+
+
+def test_docstring_examples() -> None:
+    failed, attempted = doctest.testmod(importlib.import_module("mamba_kernels.ssd.interface"))
+    assert attempted and not failed
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -2,7 +2,7 @@
 
 import transformers
 
-from ..validation import check_choice, check_common_fields, plain_errors
+from ..validation import check_choice, check_common_fields, check_positive, plain_errors
 
 __all__ = ["MambaConfig"]
 
@@ -29,6 +29,8 @@ class MambaConfig(transformers.MambaConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache_params"]
 
     def __post_init__(self, **kwargs):
+        # transformers builds a list of this length
+        check_positive(self, "num_hidden_layers")
         super().__post_init__(**kwargs)
         check_common_fields(self)
         check_choice(self, "time_step_init_scheme", ("random", "constant"))

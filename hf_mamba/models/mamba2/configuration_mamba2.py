@@ -31,6 +31,8 @@ class Mamba2Config(transformers.Mamba2Config):
     keys_to_ignore_at_inference = ["past_key_values", "cache_params"]
 
     def __post_init__(self, **kwargs):
+        # transformers builds a list of this length
+        check_positive(self, "num_hidden_layers")
         super().__post_init__(**kwargs)
         check_common_fields(self)
         check_ssd_fields(self)

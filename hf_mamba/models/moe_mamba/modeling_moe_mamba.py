@@ -382,8 +382,8 @@ class MoeMambaModel(MoeMambaPreTrainedModel, RecurrentModel):
     block_class = MoeMambaBlock
     output_class = MoeMambaModelOutput
 
-    def make_final_norm(self, config) -> nn.Module | None:
-        return make_norm(config, config.final_norm_type) if config.final_norm else None
+    def make_final_norm(self, config) -> nn.Module:
+        return make_norm(config, config.final_norm_type) if config.final_norm else nn.Identity()
 
     def take_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = kwargs.pop("output_router_logits", None)
@@ -408,7 +408,7 @@ class MoeMambaModel(MoeMambaPreTrainedModel, RecurrentModel):
             hidden_states, logits = layer(hidden_states, cache=cache, seq_idx=layout.seq_idx, valid=valid)
             if logits is not None and (output_router_logits or self.training):
                 router_logits.append(finish(logits).flatten(0, 1))
-        if self.norm_f is not None:
+        if self.config.final_norm:
             hidden_states = self.norm_f(hidden_states)
         else:
             # as a norm would: back from the residual stream's dtype to the model's
