@@ -101,13 +101,14 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, _WithBackbone):
         hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states).float()
         loss = None
-        shift_labels = loss_kwargs.get("shift_labels")
-        for name, value in (("labels", labels), ("shift_labels", shift_labels)):
-            if value is not None:
-                check_labels(value, tuple(logits.shape[:2]), "; with labels leave `logits_to_keep` at 0", name=name)
+        targets = None
+        shift_labels = loss_kwargs.pop("shift_labels", None)
         if labels is not None or shift_labels is not None:
-            targets = None
+            shape, advice = tuple(logits.shape[:2]), "; with labels leave `logits_to_keep` at 0"
+            if shift_labels is not None:
+                loss_kwargs["shift_labels"] = check_labels(shift_labels, shape, advice, name="shift_labels")
             if labels is not None:
+                labels = check_labels(labels, shape, advice)
                 cu_seqlens = same_lengths(cu_seq_lens_q, cu_seq_lens_k)
                 targets = _without_first_tokens(labels, attention_mask, position_ids, seq_idx, cu_seqlens)
             loss = self.loss_function(logits=logits, labels=targets, vocab_size=self.config.vocab_size, **loss_kwargs)
@@ -255,7 +256,7 @@ class RecurrentForTokenClassification(_WithBackbone):
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            check_labels(labels, tuple(logits.shape[:2]))
+            labels = check_labels(labels, tuple(logits.shape[:2]))
             loss = self.loss_function(logits, labels, self.config, **loss_kwargs)
             loss = self.total_loss(loss, outputs, labels, loss_kwargs)
         output = self.output_class(
@@ -297,8 +298,7 @@ def _class_labels(labels: Any, logits: Tensor, problem_type: str | None) -> Tens
             f"{tuple(labels.shape)}; see `config.problem_type` and `config.num_labels`."
         )
     if problem_type == "single_label_classification":
-        check_labels(labels, tuple(labels.shape))
-        return labels
+        return check_labels(labels, tuple(labels.shape))
     # the means over (B, 1) and (B,) would broadcast to (B, B)
     return labels.to(logits.dtype).view_as(logits)
 

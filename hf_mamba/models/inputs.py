@@ -82,12 +82,13 @@ def check_metadata(device: torch.device, **arguments: Tensor | None) -> None:
             )
 
 
-def check_labels(labels: Any, shape: tuple[int, ...], advice: str = "", name: str = "labels") -> None:
-    """Raise unless `labels` is an integer tensor of `shape`."""
+def check_labels(labels: Any, shape: tuple[int, ...], advice: str = "", name: str = "labels") -> Tensor:
+    """`labels` as int64, which losses take; raise unless it is an integer tensor of `shape`."""
     if not isinstance(labels, Tensor) or labels.dtype not in INDEX_DTYPES:
         raise TypeError(f"`{name}` must be an int64 or int32 tensor, got {_kind(labels)}.")
     if tuple(labels.shape) != shape:
         raise ValueError(f"`{name}` must have the shape {shape} of the logits, got {tuple(labels.shape)}{advice}.")
+    return labels.to(torch.int64)
 
 
 def select_cache(past_key_values: Cache | None, cache_params: Cache | None) -> Cache | None:

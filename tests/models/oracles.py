@@ -11,17 +11,28 @@ GREEDY = {"do_sample": False, "eos_token_id": None}
 
 def make_talker(kind: str, **overrides):
     """A tiny language model whose greedy text varies: with tied embeddings, a random one repeats its last token for ever."""
-    return make_model(kind, tie_word_embeddings=False, **overrides)
+    model = make_model(kind, tie_word_embeddings=False, **overrides)
+    model.made_from = (kind, *sorted(overrides.items()))
+    return model
+
+
+_known: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
 @torch.no_grad()
 def greedy_loop(model, row: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The tokens (steps,) that argmax appends to `row` (L,) without padding, and the logits (steps, V) they came from."""
-    ids, logits = row[None], []
-    for _ in range(steps):
-        logits.append(model(ids, use_cache=False).logits[0, -1])
-        ids = torch.cat([ids, logits[-1].argmax()[None, None]], dim=1)
-    return ids[0, row.shape[0] :], torch.stack(logits)
+    """The tokens (steps,) that argmax appends to `row` (L,) without padding, and the logits (steps, V) they came from.
+
+    Remembered for equal models from `make_talker`: many tests ask for the same text.
+    """
+    key = (model.made_from, tuple(row.tolist()), steps)
+    if key not in _known:
+        ids, logits = row[None], []
+        for _ in range(steps):
+            logits.append(model(ids, use_cache=False).logits[0, -1])
+            ids = torch.cat([ids, logits[-1].argmax()[None, None]], dim=1)
+        _known[key] = ids[0, row.shape[0] :], torch.stack(logits)
+    return _known[key]
 
 
 def assert_continues(model, rows: list[Tensor], prompt: Tensor, steps: int, **kwargs):

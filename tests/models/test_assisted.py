@@ -8,7 +8,7 @@ from hf_mamba import RecurrentCache
 from .builders import ALL_MODELS, random_ids
 from .oracles import GREEDY, TOLERANCE, assert_continues, greedy_loop, make_talker, padded
 
-STEPS = 14
+STEPS = 10
 
 
 def repetitive(seed: int) -> torch.Tensor:

@@ -146,10 +146,14 @@ LANGUAGE_MODEL = {
 }
 
 
-@ALL_MODELS
+# the others share Mamba's `forward`
+@pytest.fixture(scope="module", params=["mamba", "moe_mamba"])
+def model(request):
+    return make_model(request.param, num_hidden_layers=2)
+
+
 @pytest.mark.parametrize(("inputs", "error", "message"), FORWARD.values(), ids=FORWARD)
-def test_forward(kind: str, inputs: dict, error: type, message: str) -> None:
-    model = make_model(kind, num_hidden_layers=2)
+def test_forward(model, inputs: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         model(**inputs)
     with pytest.raises(error, match=message):
@@ -157,9 +161,9 @@ def test_forward(kind: str, inputs: dict, error: type, message: str) -> None:
 
 
 @pytest.mark.parametrize(("inputs", "error", "message"), LANGUAGE_MODEL.values(), ids=LANGUAGE_MODEL)
-def test_language_model(inputs: dict, error: type, message: str) -> None:
+def test_language_model(model, inputs: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        make_model("mamba")(IDS, **inputs)
+        model(IDS, **inputs)
 
 
 @ALL_MODELS
@@ -226,7 +230,7 @@ def test_none_and_false_ask_for_nothing(kind: str) -> None:
 
 
 def test_generate_refuses_unknown_arguments() -> None:
-    with pytest.raises(ValueError, match="not used by the model.*atention_mask"):
+    with pytest.raises(ValueError, match=r"not used by the model.*atention_mask"):
         make_model("mamba").generate(IDS, atention_mask=torch.ones_like(IDS), max_new_tokens=2)
 
 
@@ -317,7 +321,7 @@ def test_hostile_config_file(kind: str, tmp_path) -> None:
     config = CONFIGS[kind]()
     config.state_size = -4
     (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
-    with pytest.raises(ValueError, match="`state_size`.*-4"):
+    with pytest.raises(ValueError, match=r"`state_size`.*-4"):
         AutoConfig.from_pretrained(tmp_path)
 
 
@@ -374,7 +378,7 @@ def test_new_heads_and_tied_heads_may_be_missing(kind: str, tmp_path) -> None:
 def test_checkpoint_of_other_sizes(tmp_path) -> None:
     """transformers refuses these itself, unless told not to."""
     make_model("mamba").save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="size mismatch|ignore_mismatched_sizes"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path, vocab_size=VOCAB + 2)
 
 

@@ -242,7 +242,7 @@ def test_a_refused_call_loses_no_pending_tokens(kind: str) -> None:
     ids = random_ids(1, 9)
     cache = fill(model, ids, recording=True)
     cache.crop(-2)
-    with pytest.raises(ValueError, match="2 tokens|7 tokens to replay"):
+    with pytest.raises(ValueError, match="has 7 tokens to replay"):
         model(random_ids(1, 2), past_key_values=cache, seq_idx=torch.tensor([[0, 1]]))
     assert_goes_on(model, cache, ids[:, :7])
 
@@ -254,7 +254,7 @@ def test_snapshots_are_bounded() -> None:
     fill(model, *ids.split(1, dim=1), recording=True, cache=cache)
     assert len(cache._history) == 4
     before = copy.deepcopy(cache)
-    with pytest.raises(ValueError, match="cannot go back to token 7.*max_snapshots"):
+    with pytest.raises(ValueError, match=r"cannot go back to token 7: .*raise `max_snapshots`"):
         cache.crop(-5)
     cache.crop(-4)
     assert_goes_on(model, cache, ids[:, :8])

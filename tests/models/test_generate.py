@@ -128,7 +128,7 @@ def test_embeddings_as_prompt(kind: str, side: str, chunk: int | None) -> None:
 
 
 @ALL_MODELS
-@pytest.mark.parametrize("chunk", [1, 3, 5, 50])
+@pytest.mark.parametrize("chunk", [1, 3, 5])
 @pytest.mark.parametrize("side", [None, "left", "right"], ids=["unpadded", "left", "right"])
 def test_chunked_prefill(kind: str, chunk: int, side: str | None) -> None:
     model = make_talker(kind)

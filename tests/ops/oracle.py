@@ -11,6 +11,11 @@ from .comparison import assert_matches
 Tensors = dict[str, Tensor | None]
 
 
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal random numbers in fp32, always the same for one shape and seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) * 1009 + seed))
+
+
 def outputs_and_gradients(op: Callable[..., Any], tensors: Tensors, **options: Any) -> Tensors:
     """Results of `op(**tensors, **options)` and the gradient of each tensor for fixed random cotangents."""
     leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in tensors.items()}

@@ -298,8 +298,7 @@ def _selective_scan_bwd_kernel(
                 scanned = summed
                 summed_decay = ()
                 summed_u = ()
-                for step in tl.static_range(K):
-                    k = K - 1 - step
+                for k in tl.static_range(K - 1, -1, -1):
                     dh += C_t[k][j] * g[k]
                     u = delta[k] * x_rows[k].to(tl.float32)
                     sum_B = tl.where(lane == k * NP + j, tl.sum(dh * u, 0), sum_B)

@@ -47,7 +47,7 @@ RESET = tl.constexpr(1)
 REAL = tl.constexpr(2)
 
 # integers that change from call to call: Triton must not compile anew for their divisibility
-LENGTH_ARGUMENTS = ["length", "chunk", "n_chunks", "n_slots", "first_slot", "save_every", "n_saved", "n_sequences", "iterations"]
+LENGTH_ARGUMENTS = ["length", "chunk", "n_chunks", "n_slots", "first_slot", "save_every", "n_saved", "batch", "n_sequences", "iterations"]
 
 
 @triton.jit
@@ -275,8 +275,7 @@ def chunk_states_kernel(
             gate_rows = load_rows(gates, t, stride_gate_t, d * stride_gate_d, mask, real, K)
         scalars = load_projection(vector, t, stride_vector_t, stride_vector_n, n0, real, K, NP, PACKED)
 
-        for step in tl.static_range(K):
-            k = step if BACKWARD else K - 1 - step
+        for k in tl.static_range(0 if BACKWARD else K - 1, K if BACKWARD else -1, 1 if BACKWARD else -1):
             delta = dt_rows[k].to(tl.float32) + bias
             if SOFTPLUS:
                 delta = softplus(delta)

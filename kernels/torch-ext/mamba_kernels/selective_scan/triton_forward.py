@@ -203,15 +203,15 @@ def _selective_scan_fwd_kernel(
     A_n = ()
     h = ()
     if NP == N:
-        for n in tl.static_range(N):
-            A_n = A_n + (tl.load(A_t + n * channels + d, mask=mask, other=0.0) * LOG2_E,)
+        for m in tl.static_range(N):
+            A_n = A_n + (tl.load(A_t + m * channels + d, mask=mask, other=0.0) * LOG2_E,)
             h = h + (
-                _first_state(starts, initial, slot, state, n, d, mask, channels, N, FROM_STARTS, HAS_INITIAL, BD),
+                _first_state(starts, initial, slot, state, m, d, mask, channels, N, FROM_STARTS, HAS_INITIAL, BD),
             )
     else:
-        for n in range(0, N):
-            h_n = _first_state(starts, initial, slot, state, n, d, mask, channels, N, FROM_STARTS, HAS_INITIAL, BD)
-            tl.store(parked + n * channels + d, h_n, mask=mask)
+        for m in range(0, N):
+            h_n = _first_state(starts, initial, slot, state, m, d, mask, channels, N, FROM_STARTS, HAS_INITIAL, BD)
+            tl.store(parked + m * channels + d, h_n, mask=mask)
 
     real, cut = rows_of_tile(flags, start, end, K, FLAGS)
     next_dt = load_rows(dt, start, stride_dt_t, d * stride_dt_d, mask, real, K)
@@ -250,12 +250,11 @@ def _selective_scan_fwd_kernel(
             if i % save_every == 0:
                 entry = starts + (row * n_saved + i // save_every) * N * channels + d
                 if NP == N:
-                    for n in tl.static_range(N):
-                        tl.store(entry + n * channels, h[n], mask=mask)
+                    for m in tl.static_range(N):
+                        tl.store(entry + m * channels, h[m], mask=mask)
                 else:
-                    for n in range(0, N):
-                        h_n = tl.load(parked + n * channels + d, mask=mask, other=0.0)
-                        tl.store(entry + n * channels, h_n, mask=mask)
+                    for m in range(0, N):
+                        tl.store(entry + m * channels, tl.load(parked + m * channels + d, mask=mask, other=0.0), mask=mask)
         for n in range(0, N, NP):
             B_t = load_projection(B, t, stride_B_t, stride_B_n, n, real, K, NP, PACKED)
             C_t = load_projection(C, t, stride_C_t, stride_C_n, n, real, K, NP, PACKED)
@@ -290,11 +289,11 @@ def _selective_scan_fwd_kernel(
         if is_last:
             sink = final + (state * channels + d) * N
             if NP == N:
-                for n in tl.static_range(N):
-                    tl.store(sink + n, h[n], mask=mask)
+                for m in tl.static_range(N):
+                    tl.store(sink + m, h[m], mask=mask)
             else:
-                for n in range(0, N):
-                    tl.store(sink + n, tl.load(parked + n * channels + d, mask=mask, other=0.0), mask=mask)
+                for m in range(0, N):
+                    tl.store(sink + m, tl.load(parked + m * channels + d, mask=mask, other=0.0), mask=mask)
 
 
 def plan_of(inputs: ScanInputs) -> Plan:

@@ -25,8 +25,8 @@ __all__ = ["ssd_chunk_scan_eager"]
 
 # tokens a chunk; measured on two CPU cores, where 32 and 128 are slower (docs/performance_notes_ssd_cpu.md)
 BLOCK = 64
-# elements of the (b, k, h, q, q) tensors worked on at once: as many as stay in a core's cache, or as fill a GPU
-CPU_ELEMENTS = 2**17
+# elements of the (b, k, h, q, q) tensors worked on at once: as many as stay in the last level cache, or as fill a GPU
+CPU_ELEMENTS = 2**19
 ELEMENTS = 2**26
 
 
