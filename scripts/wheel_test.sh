@@ -30,6 +30,8 @@ echo "== the command, from the wheel"
 
 echo "== the tests, against the wheel"
 # the whole suite runs in the checkout; here the parts that packaging can break, to stay within CI's time:
-# what is in the wheel, imports and layers, the command, and one pass through each model family
-[ $# -gt 0 ] || set -- tests/test_packaging.py tests/test_layering.py tests/test_env.py tests/test_cli.py
-HF_MAMBA_TEST_INSTALLED=1 OMP_NUM_THREADS=1 "$work/venv/bin/python" -m pytest -m "not gpu and not checkout" "$@"
+# what is in the wheel, imports and layers, the command, each model family and one op
+[ $# -gt 0 ] || set -- tests/test_packaging.py tests/test_layering.py tests/test_env.py tests/test_cli.py \
+    tests/models/test_parity.py tests/ops/test_norm.py
+HF_MAMBA_TEST_INSTALLED=1 OMP_NUM_THREADS=1 "$work/venv/bin/python" -m pytest \
+    -m "not gpu and not checkout" -n "${JOBS:-2}" --dist worksteal "$@"

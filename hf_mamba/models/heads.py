@@ -178,6 +178,7 @@ class RecurrentForSequenceClassification(_WithBackbone):
             return_dict=True,
             **kwargs,
         )
+        _refuse_restarts(name, kwargs.get("position_ids"), attention_mask, outputs.last_hidden_state)
         last = self._last_tokens(input_ids, attention_mask, outputs.last_hidden_state)
         rows = torch.arange(last.shape[0], device=last.device)
         logits = self.score(outputs.last_hidden_state[rows, last])
@@ -276,6 +277,21 @@ def _take_loss_arguments(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         if value is not None and value is not False:
             raise ValueError(f"{name} reads a text at once and neither takes nor returns a cache; drop `{argument}`.")
     return {key: kwargs.pop(key) for key in ("num_items_in_batch", "ignore_index") if key in kwargs}
+
+
+def _refuse_restarts(
+    name: str, position_ids: Tensor | None, attention_mask: Tensor | None, hidden_states: Tensor
+) -> None:
+    """Raise if positions say that a row holds several sequences; not under torch.compile, where no value may be read."""
+    if position_ids is None or torch.compiler.is_compiling():
+        return
+    batch, length = hidden_states.shape[:2]
+    padding = padding_mask(attention_mask, batch, length, None)
+    seq_idx = resolve_layout(batch, length, padding=padding, position_ids=position_ids).seq_idx
+    if seq_idx is not None and bool((seq_idx > 0).any()):
+        raise ValueError(
+            f"{name} gives one answer for each row, but `position_ids` start again within a row; pad instead of packing."
+        )
 
 
 def _class_labels(labels: Any, logits: Tensor, problem_type: str | None) -> Tensor:

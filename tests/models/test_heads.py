@@ -55,6 +55,9 @@ def test_sequence_classifier_reads_the_last_real_token(kind: str, side: str) -> 
         assert (single[0] - expected[index]).abs().max() <= TOLERANCE
     embeds = model.get_input_embeddings()(ids)
     assert (model(inputs_embeds=embeds, attention_mask=mask).logits - expected).abs().max() <= TOLERANCE
+    # positions that run on, whatever stands at padding, are not several sequences
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    assert (model(ids, attention_mask=mask, position_ids=positions).logits - expected).abs().max() <= TOLERANCE
     # the mask counts, not the ids: here every padding token is an ordinary word
     words = torch.where(mask.bool(), ids, 7)
     assert (model(words, attention_mask=mask.bool()).logits - expected).abs().max() <= TOLERANCE
@@ -215,6 +218,11 @@ BAD_CLASSIFIER = {
         "one answer for each row; drop `seq_idx`",
     ),
     "lengths": ({"cu_seq_lens_q": torch.tensor([0, 8])}, ValueError, "one answer for each row; drop `cu_seq_lens_q`"),
+    "positions": (
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])},
+        ValueError,
+        "one answer for each row, but `position_ids` start again",
+    ),
     "use-cache": ({"use_cache": True}, ValueError, "drop `use_cache`"),
     "shifted": ({"shift_labels": torch.zeros(4, 8)}, TypeError, "does not know: shift_labels"),
 }

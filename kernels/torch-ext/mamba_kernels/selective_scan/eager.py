@@ -19,7 +19,7 @@ from torch.nn.functional import silu, softplus
 
 from ..autograd import first_order_only
 from ..packing import cu_seqlens_to_seq_idx, resets_and_valid
-from .recurrence import Marks, empty_sequences, marks_of, recurrence_, walks
+from .recurrence import Marks, StateBuffer, empty_sequences, marks_of, recurrence_, walks
 
 __all__ = ["selective_scan_eager"]
 
@@ -115,19 +115,20 @@ def _open_tile(
     start: int,
     end: int,
     narrow: Tensor,
-    wide: Tensor,
+    decay_buffer: StateBuffer,
+    h_buffer: StateBuffer,
     carry: Tensor,
     starts: Marks | None,
     initial: Tensor | None,
 ) -> _Tile:
     """Compute the decays and states of the tokens start to end, from the state `carry` (B, G, N, M) before them.
 
-    Works in the buffers `narrow` (2, T, B, G, M) and `wide` (2, T, B, G, N, M). Where a sequence starts, the decay becomes 0
-    and its initial state, if there is one, is brought in.
+    Works in the given buffers; `narrow` is (2, T, B, G, M). Where a sequence starts, the decay becomes 0 and its initial
+    state, if there is one, is brought in.
     """
     tokens = end - start
     dt, scaled_x = narrow[0, :tokens], narrow[1, :tokens]
-    decay, h = wide[0, :tokens], wide[1, :tokens]
+    decay, h = decay_buffer.tile[:tokens], h_buffer.tile[:tokens]
     if ops.dt_bias is None:
         dt.copy_(ops.dt[start:end])
     else:
@@ -149,7 +150,7 @@ def _open_tile(
             h.flatten(0, 1).index_add_(0, marked.rows, marked.keep(brought))
         marked.clear_(decay)
     h[0].addcmul_(decay[0], carry)
-    recurrence_(h, decay)
+    recurrence_(h_buffer, decay_buffer, tokens)
     return _Tile(x, dt, delta, scaled_x, decay, h)
 
 
@@ -205,12 +206,12 @@ def _scan(
     y_view = _time_first(y, groups)
     saved = torch.empty((n_tiles, *state_shape), dtype=dtype, device=device) if save else None
     narrow = torch.empty((3, tile_length, batch, groups, channels), dtype=dtype, device=device)
-    wide = torch.empty((2, tile_length, *state_shape), dtype=dtype, device=device)
+    decay_buffer, h_buffer = (StateBuffer((tile_length, *state_shape), dtype, device) for _ in range(2))
     for k in range(n_tiles):
         start, end = k * tile_length, min((k + 1) * tile_length, length)
         if saved is not None:
             saved[k].copy_(carry)
-        tile = _open_tile(ops, start, end, narrow, wide, carry, first, initial)
+        tile = _open_tile(ops, start, end, narrow, decay_buffer, h_buffer, carry, first, initial)
         carry = tile.h[-1].clone()
         out = narrow[2, : end - start]
         _contract_state(ops.C[start:end], tile.h, out=out)
@@ -289,11 +290,13 @@ class SelectiveScanFunction(torch.autograd.Function):
         if grad_final is not None and sequence is None:
             carry = grad_final
         narrow = torch.empty((6, tile_length, batch, groups, channels), dtype=dtype, device=device)
-        wide = torch.empty((3, tile_length, *state_shape), dtype=dtype, device=device)
+        decay_buffer, h_buffer, grad_h_buffer = (
+            StateBuffer((tile_length, *state_shape), dtype, device) for _ in range(3)
+        )
         for k in range(saved.shape[0] - 1, -1, -1):
             start, end = k * tile_length, min((k + 1) * tile_length, length)
-            tile = _open_tile(ops, start, end, narrow, wide, saved[k], first, initial)
-            decay, h, grad_h = tile.decay, tile.h, wide[2, : end - start]
+            tile = _open_tile(ops, start, end, narrow, decay_buffer, h_buffer, saved[k], first, initial)
+            decay, h, grad_h = tile.decay, tile.h, grad_h_buffer.tile[: end - start]
             # the output before its gate, C·h + D x, and its gradient
             out, grad_out, grad_scaled_x, grad_delta = (narrow[i, : end - start] for i in range(2, 6))
             if grad_y is None:
@@ -314,7 +317,7 @@ class SelectiveScanFunction(torch.autograd.Function):
             if marked is not None and marked.states is not None and grad_final is not None:
                 grad_h.flatten(0, 1).index_add_(0, marked.rows, marked.keep(grad_final[marked.states]))
             grad_h[-1].add_(carry)
-            recurrence_(grad_h, decay, reverse=True)
+            recurrence_(grad_h_buffer, decay_buffer, end - start, reverse=True)
             carry = decay[0] * grad_h[0]
 
             _contract_channels(tile.scaled_x, grad_h, out=grad_B[start:end])

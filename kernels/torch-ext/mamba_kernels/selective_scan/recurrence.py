@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Marked", "Marks", "empty_sequences", "marks_of", "recurrence_", "walks"]
+__all__ = ["Marked", "Marks", "StateBuffer", "empty_sequences", "marks_of", "recurrence_", "walks"]
 
 
 def walks(device: torch.device) -> bool:
@@ -13,23 +13,35 @@ def walks(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def recurrence_(h: Tensor, decay: Tensor, reverse: bool = False) -> None:
+class StateBuffer:
+    """Room for the states or the decays of a tile, used again for every tile; the views of single tokens are made once."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """`shape` is (T, B, G, N, M)."""
+        self.tile = torch.empty(shape, dtype=dtype, device=device)
+        self.tokens = self.tile.unbind(0) if walks(device) else ()
+
+
+def recurrence_(h: StateBuffer, decay: StateBuffer, tokens: int, reverse: bool = False) -> None:
     """In place, h[t] += decay[t] * h[t - 1] from the second token on; reverse: h[t] += decay[t + 1] * h[t + 1].
 
-    h and decay are (T, …) of one shape. No division and no product of decays grows, so any decays up to 1 are safe.
+    Only the first `tokens` tokens of the buffers count. No division and no product of decays grows, so any decays up to 1
+    are safe.
     """
-    if not walks(h.device):
+    if not h.tokens:
+        h_tile, decay_tile = h.tile[:tokens], decay.tile[:tokens]
         if reverse:
-            h.copy_(_log_depth_recurrence(h.flip(0), decay.roll(-1, 0).flip(0)).flip(0))
+            result = _log_depth_recurrence(h_tile.flip(0), decay_tile.roll(-1, 0).flip(0)).flip(0)
         else:
-            h.copy_(_log_depth_recurrence(h, decay))
+            result = _log_depth_recurrence(h_tile, decay_tile)
+        h_tile.copy_(result)
         return
-    states, decays = h.unbind(0), decay.unbind(0)
+    states, decays = h.tokens, decay.tokens
     if reverse:
-        for t in range(len(states) - 2, -1, -1):
+        for t in range(tokens - 2, -1, -1):
             states[t].addcmul_(decays[t + 1], states[t + 1])
     else:
-        for t in range(1, len(states)):
+        for t in range(1, tokens):
             states[t].addcmul_(decays[t], states[t - 1])
 
 

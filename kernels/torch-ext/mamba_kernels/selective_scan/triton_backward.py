@@ -18,17 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import (
-    LENGTH_ARGUMENTS,
     LOG2_E,
     chunk_bounds,
+    combine,
     decay_of,
     load_projection,
-    load_rows,
-    rows_of_tile,
+    load_tile,
+    row_of,
+    scan_kernel,
     silu_parts,
-    softplus,
     state_parts,
+    steps_of_tile,
     strides_or_zeros,
+    tokens_of_tile,
     wide,
 )
 from .triton_forward import REGISTER_STATES, Plan, ScanInputs, Tuning, launch_chain
@@ -71,6 +73,7 @@ def _tile_states(
     PACKED: tl.constexpr,
 ):
     """Write the state before each tile to `tile_states` (tiles, N, D), NS states at a time."""
+    k = tl.arange(0, K)[:, None]
     for n in range(0, N, NS):
         A_n = ()
         h = ()
@@ -78,26 +81,40 @@ def _tile_states(
             A_n = A_n + (tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E,)
             h = h + (tl.load(starts + (n + j) * channels + d, mask=mask, other=0.0),)
         for i in range(0, n_tiles):
-            t = start + i * K
             for j in tl.static_range(NS):
                 tl.store(tile_states + (wide(i) * N + n + j) * channels + d, h[j], mask=mask)
-            real, cut = rows_of_tile(flags, t, end, K, FLAGS)
-            dt_rows = load_rows(dt, t, stride_dt_t, d * stride_dt_d, mask, real, K)
-            x_rows = load_rows(x, t, stride_x_t, d * stride_x_d, mask, real, K)
-            B_t = load_projection(B, t, stride_B_t, stride_B_n, n, real, K, NS, PACKED)
-            for k in tl.static_range(K):
-                delta = dt_rows[k].to(tl.float32) + bias
-                if SOFTPLUS:
-                    delta = softplus(delta)
-                delta = tl.where(real[k], delta, 0.0)
-                u = delta * x_rows[k].to(tl.float32)
-                states = ()
-                for j in tl.static_range(NS):
-                    states = states + (decay_of(delta, A_n[j], cut[k], FLAGS) * h[j] + u * B_t[k][j],)
-                h = states
+            t = start + i * K + k
+            real, reset = tokens_of_tile(flags, t, end, FLAGS)
+            inside = real & mask[None, :]
+            delta = steps_of_tile(load_tile(dt, t, stride_dt_t, d * stride_dt_d, inside), bias, real, SOFTPLUS)
+            u = delta * load_tile(x, t, stride_x_t, d * stride_x_d, inside).to(tl.float32)
+            B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NS, PACKED)
+            ends = ()
+            for j in tl.static_range(NS):
+                decay = decay_of(delta, A_n[j], reset, FLAGS)
+                b = u * B_n[j]
+                b = tl.where(k == 0, decay * h[j] + b, b)
+                _, states = tl.associative_scan((decay, b), 0, combine)
+                ends = ends + (row_of(states, k, K - 1),)
+            h = ends
 
 
-@triton.jit(do_not_specialize=LENGTH_ARGUMENTS)
+@triton.jit
+def _states(a1, h1, kept1, a2, h2, kept2):
+    """The recurrence of the state, and what of each state comes from before its token."""
+    return a1 * a2, a2 * h1 + h2, a2 * h1 + kept2
+
+
+@triton.jit
+def _gradients(a1, others1, sent1, dh1, a2, others2, sent2, dh2):
+    """The recurrence of the state's gradient, later tokens first: `sent` to the token before, and `dh` itself.
+
+    `others` is the product of all decays but the last.
+    """
+    return a1 * a2, a1 * others2, a2 * sent1 + sent2, others2 * sent1 + dh2
+
+
+@scan_kernel
 def _selective_scan_bwd_kernel(
     x,
     dt,
@@ -244,100 +261,78 @@ def _selective_scan_bwd_kernel(
 
     grad_skip = zeros
     grad_bias = zeros
-    lane = tl.arange(0, K * NP)
+    k = tl.arange(0, K)[:, None]
+    token = tl.arange(0, K)
     for reverse in range(0, n_tiles):
         i = n_tiles - 1 - reverse
-        t = start + i * K
-        real, cut = rows_of_tile(flags, t, end, K, FLAGS)
-        dt_rows = load_rows(dt, t, stride_dt_t, d * stride_dt_d, mask, real, K)
-        x_rows = load_rows(x, t, stride_x_t, d * stride_x_d, mask, real, K)
-        y_rows = load_rows(grad_y, t, stride_y_t, d * stride_y_d, mask, real, K)
-        delta = ()
-        g = ()
-        scanned = ()
-        grad_decay = ()
-        grad_u = ()
+        t = start + i * K + k
+        real, reset = tokens_of_tile(flags, t, end, FLAGS)
+        inside = real & mask[None, :]
+        v = load_tile(dt, t, stride_dt_t, d * stride_dt_d, inside).to(tl.float32)
+        delta = steps_of_tile(v, bias, real, SOFTPLUS)
+        x_tile = load_tile(x, t, stride_x_t, d * stride_x_d, inside)
+        u = delta * x_tile.to(tl.float32)
+        y_tile = load_tile(grad_y, t, stride_y_t, d * stride_y_d, inside)
+        g = y_tile.to(tl.float32)
         if HAS_Z:
-            z_rows = load_rows(z, t, stride_z_t, d * stride_z_d, mask, real, K)
-        for k in tl.static_range(K):
-            delta_k = dt_rows[k].to(tl.float32) + bias
-            if SOFTPLUS:
-                delta_k = softplus(delta_k)
-            delta = delta + (tl.where(real[k], delta_k, 0.0),)
-            g_k = y_rows[k].to(tl.float32)
-            if HAS_Z:
-                silu, _ = silu_parts(z_rows[k].to(tl.float32))
-                g_k *= silu
-            g = g + (g_k,)
-            scanned = scanned + (zeros,)
-            grad_decay = grad_decay + (zeros,)
-            grad_u = grad_u + (zeros,)
+            z_tile = load_tile(z, t, stride_z_t, d * stride_z_d, inside)
+            silu, _ = silu_parts(z_tile.to(tl.float32))
+            g *= silu
+        scanned = tl.zeros((K, BD), tl.float32)
+        grad_u = tl.zeros((K, BD), tl.float32)
+        grad_step = tl.zeros((K, BD), tl.float32)
+        projection = wide(start + i * K + token) * (GROUPS * N)
+        within_chunk = start + i * K + token < end
 
         for n in range(0, N, NP):
-            B_t = load_projection(B, t, stride_B_t, stride_B_n, n, real, K, NP, PACKED)
-            C_t = load_projection(C, t, stride_C_t, stride_C_n, n, real, K, NP, PACKED)
-            sum_B = tl.zeros((K * NP,), tl.float32)
-            sum_C = tl.zeros((K * NP,), tl.float32)
+            B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NP, PACKED)
+            C_n = load_projection(C, t, stride_C_t, stride_C_n, n, real, NP, PACKED)
             for j in tl.static_range(NP):
                 a_n = tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E
                 h = tl.load(tile_states + (wide(i) * N + n + j) * channels + d, mask=mask, other=0.0)
                 dh = tl.load(grad_h + (n + j) * channels, mask=mask, other=0.0)
                 dA = tl.load(sums + (n + j) * channels, mask=mask, other=0.0)
-                # products of decay and earlier state, which the gradients of delta and A need
-                decayed = ()
-                decay = ()
-                summed = ()
-                for k in tl.static_range(K):
-                    a = decay_of(delta[k], a_n, cut[k], FLAGS)
-                    kept = a * h
-                    h = kept + delta[k] * x_rows[k].to(tl.float32) * B_t[k][j]
-                    decay = decay + (a,)
-                    decayed = decayed + (kept,)
-                    summed = summed + (scanned[k] + h * C_t[k][j],)
-                    sum_C = tl.where(lane == k * NP + j, tl.sum(h * g[k], 0), sum_C)
-                scanned = summed
-                summed_decay = ()
-                summed_u = ()
-                for k in tl.static_range(K - 1, -1, -1):
-                    dh += C_t[k][j] * g[k]
-                    u = delta[k] * x_rows[k].to(tl.float32)
-                    sum_B = tl.where(lane == k * NP + j, tl.sum(dh * u, 0), sum_B)
-                    through = dh * decayed[k]
-                    summed_u = (grad_u[k] + dh * B_t[k][j],) + summed_u
-                    summed_decay = (grad_decay[k] + through * a_n,) + summed_decay
-                    dA += through * delta[k]
-                    dh *= decay[k]
-                grad_u = summed_u
-                grad_decay = summed_decay
-                tl.store(grad_h + (n + j) * channels, dh, mask=mask)
-                tl.store(sums + (n + j) * channels, dA, mask=mask)
-            token = t + lane // NP
-            offsets = token.to(tl.int64) * (GROUPS * N) + n + lane % NP
-            tl.store(grad_B + offsets, sum_B, mask=token < end)
-            tl.store(grad_C + offsets, sum_C, mask=token < end)
 
-        for k in tl.static_range(K):
-            inside = mask & (t + k < end)
-            offsets = outputs + (t + k).to(tl.int64) * channels + d
-            x_k = x_rows[k].to(tl.float32)
-            dx = grad_u[k] * delta[k] + skip * g[k]
-            tl.store(grad_x + offsets, dx.to(grad_x.dtype.element_ty), mask=inside)
-            if HAS_D:
-                grad_skip += g[k] * x_k
-            # grad_decay was summed with A / ln 2
-            ddelta = grad_decay[k] * (1.0 / LOG2_E) + grad_u[k] * x_k
-            if SOFTPLUS:
-                # the derivative of softplus, sigmoid(v), is exp(v - softplus(v))
-                ddelta *= tl.exp2((dt_rows[k].to(tl.float32) + bias - delta[k]) * LOG2_E)
-            ddelta = tl.where(real[k], ddelta, 0.0)
-            grad_bias += ddelta
-            tl.store(grad_dt + offsets, ddelta.to(grad_dt.dtype.element_ty), mask=inside)
-            if HAS_Z:
-                z_k = z_rows[k].to(tl.float32)
-                silu, sigmoid = silu_parts(z_k)
-                slope = sigmoid + silu * (1.0 - sigmoid)
-                dz = y_rows[k].to(tl.float32) * (scanned[k] + skip * x_k) * slope
-                tl.store(grad_z + offsets, dz.to(grad_z.dtype.element_ty), mask=inside)
+                decay = decay_of(delta, a_n, reset, FLAGS)
+                before = tl.where(k == 0, decay * h, 0.0)
+                _, states, kept = tl.associative_scan((decay, u * B_n[j] + before, before), 0, _states)
+                scanned += states * C_n[j]
+                tl.store(grad_C + projection + n + j, tl.sum(states * g, 1), mask=within_chunk)
+
+                decay = tl.flip(decay, 0)
+                own = tl.flip(g * C_n[j], 0)
+                own = tl.where(k == 0, own + dh, own)
+                ones = tl.full((K, BD), 1.0, tl.float32)
+                _, _, sent, grad_states = tl.associative_scan((decay, ones, decay * own, own), 0, _gradients)
+                tl.store(grad_h + (n + j) * channels, row_of(sent, k, K - 1), mask=mask)
+                grad_states = tl.flip(grad_states, 0)
+                tl.store(grad_B + projection + n + j, tl.sum(grad_states * u, 1), mask=within_chunk)
+                grad_u += grad_states * B_n[j]
+                # the gradient of delta A
+                exponent = grad_states * kept
+                grad_step += exponent * a_n
+                tl.store(sums + (n + j) * channels, dA + tl.sum(exponent * delta, 0), mask=mask)
+
+        offsets = outputs + t.to(tl.int64) * channels + d
+        inside = mask[None, :] & (t < end)
+        x_f = x_tile.to(tl.float32)
+        dx = grad_u * delta + skip * g
+        tl.store(grad_x + offsets, dx.to(grad_x.dtype.element_ty), mask=inside)
+        if HAS_D:
+            grad_skip += tl.sum(g * x_f, 0)
+        # grad_step was summed with A / ln 2
+        ddelta = grad_step * (1.0 / LOG2_E) + grad_u * x_f
+        if SOFTPLUS:
+            # the derivative of softplus, sigmoid(v), is exp(v - softplus(v))
+            ddelta *= tl.exp2((v + bias - delta) * LOG2_E)
+        ddelta = tl.where(real, ddelta, 0.0)
+        grad_bias += tl.sum(ddelta, 0)
+        tl.store(grad_dt + offsets, ddelta.to(grad_dt.dtype.element_ty), mask=inside)
+        if HAS_Z:
+            z_f = z_tile.to(tl.float32)
+            silu, sigmoid = silu_parts(z_f)
+            dz = y_tile.to(tl.float32) * (scanned + skip * x_f) * (sigmoid + silu * (1.0 - sigmoid))
+            tl.store(grad_z + offsets, dz.to(grad_z.dtype.element_ty), mask=inside)
 
     tl.store(sums + N * channels, grad_skip, mask=mask)
     tl.store(sums + (N + 1) * channels, grad_bias, mask=mask)

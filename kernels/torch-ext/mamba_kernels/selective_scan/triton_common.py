@@ -9,9 +9,14 @@ chunk can then be scanned by itself. The gradient of the state obeys the same re
 same two kernels. Sums run away from the end of the chunk that needs them, and stop where every weight has underflowed.
 
 Symbols: L length, D channels, N state size, G groups of B and C, K tokens of a tile, S chunks of a row; BD channels of a program.
-A *slot* is a chunk in the order of memory: row * S + chunk. A program works on BD channels of one slot: a vector holds one token
-of these channels, and a Python tuple holds the vectors of the K tokens of a tile. B and C are scalars to it.
+A *slot* is a chunk in the order of memory: row * S + chunk. A program is one warp and works on BD channels of one slot. A tile is
+(K, BD): every thread holds all tokens of its channels, so that a scan or a flip over tokens is plain register arithmetic. That
+needs loads of one element a thread; `UNALIGNED` keeps Triton from choosing wider ones, which would move tiles between threads.
 """
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -19,26 +24,28 @@ import triton.language as tl
 from torch import Tensor
 
 __all__ = [
-    "LENGTH_ARGUMENTS",
+    "LOG2_E",
     "chunk_bounds",
     "chunk_states_kernel",
     "chunk_table",
+    "combine",
     "decay_of",
     "load_projection",
-    "load_rows",
+    "load_tile",
     "pass_states_kernel",
-    "rows_of_tile",
+    "row_of",
+    "scan_kernel",
     "silu_parts",
-    "softplus",
     "state_parts",
+    "steps_of_tile",
     "strides_or_zeros",
-    "token_scalars",
+    "tokens_of_tile",
     "wide",
 ]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# added to the exponent of a decay where a sequence starts: the state before it is multiplied by exactly 0
-CUT = tl.constexpr(-1.0e30)
+# stands for A in channels that a program does not have
+UNUSED = tl.constexpr(-1.0e30)
 # an exponent of 2 below which a weight is 0 in fp32
 UNDERFLOW = tl.constexpr(-127.0)
 
@@ -47,7 +54,19 @@ RESET = tl.constexpr(1)
 REAL = tl.constexpr(2)
 
 # integers that change from call to call: Triton must not compile anew for their divisibility
-LENGTH_ARGUMENTS = ["length", "chunk", "n_chunks", "n_slots", "first_slot", "save_every", "n_saved", "batch", "n_sequences", "iterations"]
+LENGTH_ARGUMENTS = ["length", "chunk", "n_chunks", "n_slots", "first_slot", "save_every", "n_saved", "batch", "n_sequences"]
+_OPERANDS = ("x", "dt", "z", "y", "B", "C", "inputs", "gates", "vector")
+UNALIGNED = ["channels", *(f"stride_{name}_{axis}" for name in _OPERANDS for axis in "btdgn")]
+
+
+def scan_kernel(fn: Callable[..., None]) -> Any:
+    """`triton.jit` with the specialisation that these kernels need."""
+    names = set(inspect.signature(fn).parameters)
+    return triton.jit(
+        fn,
+        do_not_specialize=[name for name in LENGTH_ARGUMENTS if name in names],
+        do_not_specialize_on_alignment=[name for name in UNALIGNED if name in names],
+    )
 
 
 @triton.jit
@@ -101,36 +120,48 @@ def chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def rows_of_tile(flags, t, end, K: tl.constexpr, FLAGS: tl.constexpr):
-    """For tokens t to t + K: whether each is real, and what to add to the exponent of its decay."""
-    real = ()
-    cut = ()
-    for k in tl.static_range(K):
-        inside = t + k < end
-        if FLAGS:
-            flag = tl.load(flags + t + k, mask=inside, other=0).to(tl.int32)
-            real = real + ((flag & REAL) != 0,)
-            cut = cut + (tl.where((flag & RESET) != 0, CUT, 0.0),)
-        else:
-            real = real + (inside,)
-            cut = cut + (0.0,)
-    return real, cut
+def combine(a1, b1, a2, b2):
+    """h -> a2 (a1 h + b1) + b2."""
+    return a1 * a2, a2 * b1 + b2
 
 
 @triton.jit
-def load_rows(base, t, stride, offsets, mask, real, K: tl.constexpr):
-    """K vectors of one tile as they lie in memory; zeros where a token is not real."""
-    rows = ()
-    row = base + t.to(tl.int64) * stride
-    for k in tl.static_range(K):
-        rows = rows + (tl.load(row + offsets, mask=mask & real[k], other=0.0),)
-        row += stride
-    return rows
+def row_of(tile, k, index: tl.constexpr):
+    """One token's vector (BD,) of a tile; on integers, where adding 0 costs nothing."""
+    bits = tl.where(k == index, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tokens_of_tile(flags, t, end, FLAGS: tl.constexpr):
+    """For tokens `t` (K, 1): whether each is real, and whether a sequence starts with it."""
+    real = t < end
+    reset = t < 0
+    if FLAGS:
+        flag = tl.load(flags + t, mask=real, other=0).to(tl.int32)
+        real = (flag & REAL) != 0
+        reset = (flag & RESET) != 0
+    return real, reset
+
+
+@triton.jit
+def load_tile(base, t, stride, offsets, mask):
+    """(K, BD) as it lies in memory; zeros outside of `mask`."""
+    return tl.load(base + t.to(tl.int64) * stride + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def steps_of_tile(dt, bias, real, SOFTPLUS: tl.constexpr):
+    """delta of a tile; 0 where a token is not real, which keeps the state, as its decay is 1 then."""
+    delta = dt.to(tl.float32) + bias
+    if SOFTPLUS:
+        delta = softplus(delta)
+    return tl.where(real, delta, 0.0)
 
 
 @triton.jit
 def token_scalars(word, dtype: tl.constexpr):
-    """The four 16-bit floats of a 64-bit word."""
+    """The four 16-bit floats of 64-bit words."""
     low = word.to(tl.int32)
     high = (word >> 32).to(tl.int32)
     if dtype == tl.bfloat16:
@@ -147,36 +178,38 @@ def token_scalars(word, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_projection(base, t, stride_t, stride_n, n, real, K: tl.constexpr, NP: tl.constexpr, PACKED: tl.constexpr):
-    """B or C of K tokens and NP states from n on, as K tuples of NP scalars; `base` is the row's and group's."""
-    tokens = ()
-    row = base + t.to(tl.int64) * stride_t
-    for k in tl.static_range(K):
-        scalars = ()
-        if PACKED:
-            words = (row + n).to(tl.pointer_type(tl.int64), bitcast=True)
-            for i in tl.static_range(NP // 4):
-                word = tl.load(words + i, mask=real[k], other=0)
-                scalars = scalars + token_scalars(word, base.dtype.element_ty)
-        else:
-            for j in tl.static_range(NP):
-                value = tl.load(row + wide(n + j) * stride_n, mask=real[k], other=0.0)
-                scalars = scalars + (value.to(tl.float32),)
-        tokens = tokens + (scalars,)
-        row += stride_t
-    return tokens
+def load_projection(base, t, stride_t, stride_n, n, real, NP: tl.constexpr, PACKED: tl.constexpr):
+    """B or C of a tile's tokens for NP states from n on: NP tensors (K, 1); `base` is the row's and group's."""
+    scalars = ()
+    rows = base + t.to(tl.int64) * stride_t
+    if PACKED:
+        words = (rows + n).to(tl.pointer_type(tl.int64), bitcast=True)
+        for i in tl.static_range(NP // 4):
+            word = tl.load(words + i, mask=real, other=0)
+            scalars = scalars + token_scalars(word, base.dtype.element_ty)
+    else:
+        for j in tl.static_range(NP):
+            value = tl.load(rows + wide(n + j) * stride_n, mask=real, other=0.0)
+            scalars = scalars + (value.to(tl.float32),)
+    return scalars
 
 
 @triton.jit
-def decay_of(delta, A_n, cut, FLAGS: tl.constexpr):
+def decay_of(delta, A_n, reset, FLAGS: tl.constexpr):
     """exp(delta A), or 0 where a sequence starts; A_n is A / ln 2."""
-    exponent = delta * A_n
+    decay = tl.exp2(delta * A_n)
     if FLAGS:
-        exponent += cut
-    return tl.exp2(exponent)
+        decay = tl.where(reset, 0.0, decay)
+    return decay
 
 
-@triton.jit(do_not_specialize=LENGTH_ARGUMENTS)
+@triton.jit
+def _sums(sum1, before1, sum2, before2):
+    """Running sums with and without the last element."""
+    return sum1 + sum2, sum1 + before2
+
+
+@scan_kernel
 def chunk_states_kernel(
     inputs,
     gates,
@@ -188,12 +221,12 @@ def chunk_states_kernel(
     table,
     local,
     decay,
-    stride_input_b,
-    stride_input_t,
-    stride_input_d,
-    stride_gate_b,
-    stride_gate_t,
-    stride_gate_d,
+    stride_inputs_b,
+    stride_inputs_t,
+    stride_inputs_d,
+    stride_gates_b,
+    stride_gates_t,
+    stride_gates_d,
     stride_dt_b,
     stride_dt_t,
     stride_dt_d,
@@ -243,80 +276,77 @@ def chunk_states_kernel(
     within = (block % blocks) * BD + tl.arange(0, BD)
     mask = within < group_size
     d = (group * group_size + within).to(tl.int64)
+    k = tl.arange(0, K)[:, None]
     bias = tl.zeros((BD,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(tl.float32)
-    inputs += row * stride_input_b
+    inputs += row * stride_inputs_b
     dt += row * stride_dt_b
-    gates += row * stride_gate_b
+    gates += row * stride_gates_b
     vector += row * stride_vector_b + group.to(tl.int64) * stride_vector_g
     flags += row * length
 
     A_n = ()
     acc = ()
     for j in tl.static_range(NP):
-        A_n = A_n + (tl.load(A_t + (n0 + j) * channels + d, mask=mask, other=CUT) * LOG2_E,)
+        A_n = A_n + (tl.load(A_t + (n0 + j) * channels + d, mask=mask, other=UNUSED) * LOG2_E,)
         acc = acc + (tl.zeros((BD,), tl.float32),)
     passed = tl.zeros((BD,), tl.float32)
-    # 1 until a sequence boundary separates the tokens from the end that they are summed for
-    joined = 1.0
+    # whether no sequence starts between the tokens and the end that they are summed for
+    joined = start >= 0
     n_tiles = tl.cdiv(end - start, K)
     i = n_tiles * 0
-    live = i + 1
-    while (i < n_tiles) & (live > 0):
+    live = joined
+    while (i < n_tiles) & live:
         if BACKWARD:
-            t = start + i * K
+            t = start + i * K + k
         else:
-            t = start + (n_tiles - 1 - i) * K
-        real, cut = rows_of_tile(flags, t, end, K, FLAGS)
-        dt_rows = load_rows(dt, t, stride_dt_t, d * stride_dt_d, mask, real, K)
-        rows = load_rows(inputs, t, stride_input_t, d * stride_input_d, mask, real, K)
+            t = start + (n_tiles - i) * K - 1 - k
+        real, reset = tokens_of_tile(flags, t, end, FLAGS)
+        inside = real & mask[None, :]
+        delta = steps_of_tile(load_tile(dt, t, stride_dt_t, d * stride_dt_d, inside), bias, real, SOFTPLUS)
+        value = load_tile(inputs, t, stride_inputs_t, d * stride_inputs_d, inside).to(tl.float32)
         if HAS_GATE:
-            gate_rows = load_rows(gates, t, stride_gate_t, d * stride_gate_d, mask, real, K)
-        scalars = load_projection(vector, t, stride_vector_t, stride_vector_n, n0, real, K, NP, PACKED)
-
-        for k in tl.static_range(0 if BACKWARD else K - 1, K if BACKWARD else -1, 1 if BACKWARD else -1):
-            delta = dt_rows[k].to(tl.float32) + bias
-            if SOFTPLUS:
-                delta = softplus(delta)
-            delta = tl.where(real[k], delta, 0.0)
-            value = rows[k].to(tl.float32)
-            if HAS_GATE:
-                silu, _ = silu_parts(gate_rows[k].to(tl.float32))
-                value *= silu
-            if BACKWARD:
-                passed += delta
-                if FLAGS:
-                    joined = tl.where(cut[k] < 0.0, 0.0, joined)
-            else:
-                value *= delta
-            if FLAGS:
-                value = tl.where(joined > 0.0, value, 0.0)
-            total = ()
-            for j in tl.static_range(NP):
-                total = total + (acc[j] + tl.exp2(passed * A_n[j]) * (value * scalars[k][j]),)
-            acc = total
+            silu, _ = silu_parts(load_tile(gates, t, stride_gates_t, d * stride_gates_d, inside).to(tl.float32))
+            value *= silu
+        if not BACKWARD:
+            value *= delta
+        if FLAGS:
+            met = reset.to(tl.int32)
+            resets = tl.cumsum(met, 0)
             if not BACKWARD:
-                passed += delta
-                if FLAGS:
-                    joined = tl.where(cut[k] < 0.0, 0.0, joined)
+                resets -= met
+            value = tl.where(resets == 0, value, 0.0)
+            joined = joined & (tl.sum(met) == 0)
+        first = tl.where(k == 0, passed[None, :], 0.0)
+        through, before = tl.associative_scan((delta + first, first), 0, _sums)
+        passed = row_of(through, k, K - 1)
+        if BACKWARD:
+            weighed = through
+        else:
+            weighed = before
+        scalars = load_projection(vector, t, stride_vector_t, stride_vector_n, n0, real, NP, PACKED)
+        total = ()
+        for j in tl.static_range(NP):
+            total = total + (acc[j] + tl.sum(tl.exp2(weighed * A_n[j]) * (value * scalars[j]), 0),)
+        acc = total
+        live = joined
         if SOFTPLUS:
             # steps are not negative, so that weights only fall from here on where A is not positive
             largest = passed * A_n[0]
             for j in tl.static_range(1, NP):
                 largest = tl.maximum(largest, passed * A_n[j])
-            live = (tl.max(largest, 0) > UNDERFLOW).to(tl.int32)
-        if FLAGS:
-            live = tl.where(joined > 0.0, live, 0)
+            live = live & (tl.max(largest, 0) > UNDERFLOW)
         i += 1
 
+    kept = tl.where(joined, 1.0, 0.0)
     for j in tl.static_range(NP):
         offsets = (slot * N + n0 + j) * channels + d
         tl.store(local + offsets, acc[j], mask=mask)
-        tl.store(decay + offsets, tl.exp2(passed * A_n[j]) * joined, mask=mask)
+        tl.store(decay + offsets, tl.exp2(passed * A_n[j]) * kept, mask=mask)
 
 
-@triton.jit(do_not_specialize=LENGTH_ARGUMENTS)
+@scan_kernel
 def pass_states_kernel(
     states,
     decay,
@@ -379,14 +409,15 @@ def pass_states_kernel(
             h = decays[i] * h + locals_[i]
 
 
-@triton.jit(do_not_specialize=LENGTH_ARGUMENTS)
-def _chunk_table_kernel(cu_seqlens, table, n_sequences, chunk, n_slots, iterations, BLOCK: tl.constexpr):
+@scan_kernel
+def _chunk_table_kernel(cu_seqlens, table, n_sequences, chunk, n_slots, BLOCK: tl.constexpr):
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = slot < n_slots
     # the last sequence s whose first slot, cu_seqlens[s] // chunk + s, is not behind this one
     low = tl.zeros((BLOCK,), tl.int32)
     high = low + (n_sequences - 1)
-    for _ in range(iterations):
+    # 2^31 sequences at most
+    for _ in range(32):
         middle = (low + high + 1) // 2
         first = tl.load(cu_seqlens + middle, mask=mask, other=0).to(tl.int32) // chunk + middle
         low = tl.where(first <= slot, middle, low)
@@ -420,7 +451,6 @@ def chunk_table(cu_seqlens: Tensor, length: int, chunk: int) -> Tensor:
         n_sequences,
         chunk,
         n_slots,
-        n_sequences.bit_length(),
         BLOCK=128,
         num_warps=4,
     )

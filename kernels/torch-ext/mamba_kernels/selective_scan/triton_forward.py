@@ -17,20 +17,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import (
-    LENGTH_ARGUMENTS,
     LOG2_E,
     chunk_bounds,
     chunk_states_kernel,
     chunk_table,
+    combine,
     decay_of,
     load_projection,
-    load_rows,
+    load_tile,
     pass_states_kernel,
-    rows_of_tile,
+    row_of,
+    scan_kernel,
     silu_parts,
-    softplus,
     state_parts,
+    steps_of_tile,
     strides_or_zeros,
+    tokens_of_tile,
 )
 
 __all__ = ["Plan", "ScanInputs", "launch_chain", "plan_of", "scan_forward"]
@@ -49,6 +51,8 @@ FORWARD = Tuning(channels=64, tile=8, warps=1)
 CHUNK_STATES = Tuning(channels=64, tile=8, warps=1)
 # states up to this many live in registers through a whole chunk, more of them are parked in memory between tiles
 REGISTER_STATES = 16
+FORWARD_REGISTER_STATES = 16
+FORWARD_PARTS = 4
 # programs that fill the device, as far as the sequence can be cut; chunks are of these lengths
 TARGET_PROGRAMS = 2048
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 1024
@@ -113,7 +117,7 @@ def _first_state(
     return h
 
 
-@triton.jit(do_not_specialize=LENGTH_ARGUMENTS)
+@scan_kernel
 def _selective_scan_fwd_kernel(
     x,
     dt,
@@ -182,6 +186,7 @@ def _selective_scan_fwd_kernel(
     group = block // blocks
     within = (block % blocks) * BD + tl.arange(0, BD)
     mask = within < group_size
+    k = tl.arange(0, K)[:, None]
     d = (group * group_size + within).to(tl.int64)
     bias = tl.zeros((BD,), tl.float32)
     skip = tl.zeros((BD,), tl.float32)
@@ -213,39 +218,29 @@ def _selective_scan_fwd_kernel(
             h_n = _first_state(starts, initial, slot, state, m, d, mask, channels, N, FROM_STARTS, HAS_INITIAL, BD)
             tl.store(parked + m * channels + d, h_n, mask=mask)
 
-    real, cut = rows_of_tile(flags, start, end, K, FLAGS)
-    next_dt = load_rows(dt, start, stride_dt_t, d * stride_dt_d, mask, real, K)
-    next_x = load_rows(x, start, stride_x_t, d * stride_x_d, mask, real, K)
+    t = start + k
+    real, _ = tokens_of_tile(flags, t, end, FLAGS)
+    next_dt = load_tile(dt, t, stride_dt_t, d * stride_dt_d, real & mask[None, :])
+    next_x = load_tile(x, t, stride_x_t, d * stride_x_d, real & mask[None, :])
     next_z = next_x
     if HAS_Z:
-        next_z = load_rows(z, start, stride_z_t, d * stride_z_d, mask, real, K)
+        next_z = load_tile(z, t, stride_z_t, d * stride_z_d, real & mask[None, :])
     for i in range(0, n_tiles):
-        t = start + i * K
-        dt_rows, x_rows, z_rows = next_dt, next_x, next_z
-        real, cut = rows_of_tile(flags, t, end, K, FLAGS)
+        t = start + i * K + k
+        dt_tile, x_tile, z_tile = next_dt, next_x, next_z
+        real, reset = tokens_of_tile(flags, t, end, FLAGS)
         # the next tile is on its way while this one is computed
-        later, _ = rows_of_tile(flags, t + K, end, K, FLAGS)
-        next_dt = load_rows(dt, t + K, stride_dt_t, d * stride_dt_d, mask, later, K)
-        next_x = load_rows(x, t + K, stride_x_t, d * stride_x_d, mask, later, K)
+        later, _ = tokens_of_tile(flags, t + K, end, FLAGS)
+        later = later & mask[None, :]
+        next_dt = load_tile(dt, t + K, stride_dt_t, d * stride_dt_d, later)
+        next_x = load_tile(x, t + K, stride_x_t, d * stride_x_d, later)
+        next_z = next_x
         if HAS_Z:
-            next_z = load_rows(z, t + K, stride_z_t, d * stride_z_d, mask, later, K)
-        else:
-            next_z = next_x
+            next_z = load_tile(z, t + K, stride_z_t, d * stride_z_d, later)
 
-        delta = ()
-        u = ()
-        out = ()
-        for k in tl.static_range(K):
-            x_k = x_rows[k].to(tl.float32)
-            delta_k = dt_rows[k].to(tl.float32) + bias
-            if SOFTPLUS:
-                delta_k = softplus(delta_k)
-            # a token that is not real keeps the state: its decay is 1
-            delta_k = tl.where(real[k], delta_k, 0.0)
-            delta = delta + (delta_k,)
-            u = u + (delta_k * x_k,)
-            out = out + (skip * x_k,)
-
+        delta = steps_of_tile(dt_tile, bias, real, SOFTPLUS)
+        u = delta * x_tile.to(tl.float32)
+        out = skip * x_tile.to(tl.float32)
         if SAVE:
             if i % save_every == 0:
                 entry = starts + (row * n_saved + i // save_every) * N * channels + d
@@ -256,8 +251,8 @@ def _selective_scan_fwd_kernel(
                     for m in range(0, N):
                         tl.store(entry + m * channels, tl.load(parked + m * channels + d, mask=mask, other=0.0), mask=mask)
         for n in range(0, N, NP):
-            B_t = load_projection(B, t, stride_B_t, stride_B_n, n, real, K, NP, PACKED)
-            C_t = load_projection(C, t, stride_C_t, stride_C_n, n, real, K, NP, PACKED)
+            B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NP, PACKED)
+            C_n = load_projection(C, t, stride_C_t, stride_C_n, n, real, NP, PACKED)
             ends = ()
             for j in tl.static_range(NP):
                 if NP == N:
@@ -266,24 +261,24 @@ def _selective_scan_fwd_kernel(
                 else:
                     a_n = tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E
                     h_n = tl.load(parked + (n + j) * channels + d, mask=mask, other=0.0)
-                sums = ()
-                for k in tl.static_range(K):
-                    h_n = decay_of(delta[k], a_n, cut[k], FLAGS) * h_n + u[k] * B_t[k][j]
-                    sums = sums + (out[k] + h_n * C_t[k][j],)
-                out = sums
+                decay = decay_of(delta, a_n, reset, FLAGS)
+                b = u * B_n[j]
+                b = tl.where(k == 0, decay * h_n + b, b)
+                _, states = tl.associative_scan((decay, b), 0, combine)
+                out += states * C_n[j]
+                h_n = row_of(states, k, K - 1)
                 ends = ends + (h_n,)
                 if NP < N:
                     tl.store(parked + (n + j) * channels + d, h_n, mask=mask)
             if NP == N:
                 h = ends
-        for k in tl.static_range(K):
-            y_k = out[k]
-            if HAS_Z:
-                silu, _ = silu_parts(z_rows[k].to(tl.float32))
-                y_k *= silu
-            if FLAGS:
-                y_k = tl.where(real[k], y_k, 0.0)
-            tl.store(y + (t + k).to(tl.int64) * channels + d, y_k.to(y.dtype.element_ty), mask=mask & (t + k < end))
+        if HAS_Z:
+            silu, _ = silu_parts(z_tile.to(tl.float32))
+            out *= silu
+        if FLAGS:
+            out = tl.where(real, out, 0.0)
+        rows = y + t.to(tl.int64) * channels
+        tl.store(rows + d, out.to(y.dtype.element_ty), mask=mask[None, :] & (t < end))
 
     if FINAL:
         if is_last:
@@ -432,8 +427,8 @@ def scan_forward(
     if return_final_states:
         n_states = plan.batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
         final = x.new_empty((n_states, plan.channels, plan.size), dtype=torch.float32)
-    in_registers = plan.size <= REGISTER_STATES
-    parts = plan.size if in_registers else state_parts(plan.size, 4)
+    in_registers = plan.size <= FORWARD_REGISTER_STATES
+    parts = plan.size if in_registers else state_parts(plan.size, FORWARD_PARTS)
     programs = plan.n_slots if plan.split else plan.batch
     tuning = FORWARD
     placeholder = inputs.A_t
