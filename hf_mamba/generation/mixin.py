@@ -20,6 +20,9 @@ __all__ = ["RecurrentGenerationMixin"]
 # a recurrent cache has a constant size, so these two ask for nothing that it does not do already
 OWN_CACHE = (None, "dynamic")
 
+# in the arguments of a generate() that hands out its cache: the end tokens and the length of the prompt
+ENDS = "_ends_of_rows"
+
 
 class RecurrentGenerationMixin(GenerationMixin):
     """Gives `generate()` a `RecurrentCache` under `past_key_values`.
@@ -103,6 +106,10 @@ class RecurrentGenerationMixin(GenerationMixin):
             position_ids=model_kwargs.get("position_ids"),
         )
         prompt = _unseen(prompt, cache, getattr(generation_config, "_mask_length", None)).left_padded()
+        eos = getattr(generation_config, "_eos_token_tensor", None)
+        returned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        if isinstance(cache, RecurrentCache) and returned and eos is not None and len(input_ids) > 1:
+            model_kwargs[ENDS] = eos, input_ids.shape[1]
         if generation_config.prefill_chunk_size is not None and cache is None:
             raise ValueError(
                 "`prefill_chunk_size` needs a cache to carry the states from piece to piece; drop `use_cache=False`."
@@ -157,6 +164,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         Raises:
             ValueError: the cache has seen everything already.
         """
+        ends = kwargs.pop(ENDS, None)
         cache = past_key_values if past_key_values is not None else kwargs.get("cache_params")
         if cache is not None and not isinstance(cache, RecurrentCache):
             # under `past_key_values`, a stock cache would be given attention masks
@@ -172,8 +180,9 @@ class RecurrentGenerationMixin(GenerationMixin):
             input_ids, inputs_embeds, attention_mask = prompt.input_ids, prompt.inputs_embeds, prompt.attention_mask
             kwargs["position_ids"] = prompt.position_ids
         elif cache is not None and not is_first_iteration:
-            # what follows the prompt was generated, so it is real; looking at a mask would cost a synchronisation
-            attention_mask = None
+            # what follows the prompt was generated, so it is real but after a row's end; looking at a mask costs a
+            # synchronisation
+            attention_mask = None if ends is None else _before_the_end(input_ids, *ends)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -199,7 +208,9 @@ class RecurrentGenerationMixin(GenerationMixin):
             return decode(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
         recording = cache.recording
         if kwargs.get("inputs_embeds") is not None and input_ids.shape[0] == 1:
-            kwargs |= self._without_padding(input_ids, cache, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+            # the loop would cut the mask to the length of the ids
+            mask = kwargs.pop("attention_mask", None)
+            kwargs["inputs_embeds"] = self._without_padding(input_ids, cache, kwargs["inputs_embeds"], mask)
         # hidden states are wanted for the whole prompt at once
         if (
             input_ids.shape[0] == 1
@@ -217,19 +228,17 @@ class RecurrentGenerationMixin(GenerationMixin):
                 cache.stop_past_recording()
 
     @staticmethod
-    def _without_padding(
-        input_ids: Tensor, cache: RecurrentCache, embeds: Tensor, mask: Tensor | None
-    ) -> dict[str, Any]:
-        """A prompt of embeddings (1, L, d) without its padding: the loop would cut the mask to the length of the ids."""
+    def _without_padding(input_ids: Tensor, cache: RecurrentCache, embeds: Tensor, mask: Tensor | None) -> Tensor:
+        """The real ones of the embeddings (1, L, d), and those the cache has seen."""
         if input_ids.shape[1] > 0:
             raise ValueError(
                 "Assisted and prompt-lookup decoding take a prompt as `input_ids` or as `inputs_embeds`, not both; drop one."
             )
         if mask is None:
-            return {}
+            return embeds
         keep = mask[0] != 0
         keep[: cache.get_seq_length()] = True
-        return {"inputs_embeds": embeds[:, keep], "attention_mask": None}
+        return embeds[:, keep]
 
     def _feed_all_but_last(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         prompt = Prompt(
@@ -252,13 +261,16 @@ def _given_cache(model_kwargs: dict[str, Any]) -> Cache | None:
     return cache if cache is not None else model_kwargs.get("cache_params")
 
 
+def _before_the_end(input_ids: Tensor, eos: Tensor, prompt_length: int) -> Tensor:
+    """(B, 1), 0 for rows that have ended before the last token: what a batch appends to them would spoil their states."""
+    ended = torch.isin(input_ids[:, prompt_length:-1], eos.to(input_ids.device)).any(dim=1, keepdim=True)
+    return (~ended).long()
+
+
 def _unseen(prompt: Prompt, cache: Cache | None, mask_length: int | None = None) -> Prompt:
-    """The columns of `prompt` that the cache has not seen."""
-    if prompt.attention_mask is not None and prompt.inputs_embeds is None:
+    """The columns of `prompt` that the cache has not seen; without any mask, `prompt` is the whole sequence."""
+    if prompt.attention_mask is not None:
         mask_length = prompt.attention_mask.shape[1]
-    length = prompt.length
-    # embeddings are always the whole prompt; so is everything without a mask
-    count = unseen_length(
-        cache, length, length if mask_length is None or prompt.inputs_embeds is not None else mask_length
-    )
-    return prompt.last(count)
+    elif mask_length is None or prompt.inputs_embeds is not None:
+        mask_length = prompt.length
+    return prompt.last(unseen_length(cache, prompt.length, mask_length))

@@ -73,18 +73,21 @@ def test_number_of_candidates(schedule: str, tokens: int) -> None:
     assert_continues(model, list(ids), ids, STEPS, assistant_model=assistant)
 
 
-def test_more_candidates_than_snapshots() -> None:
+def test_more_candidates_than_snapshots(monkeypatch) -> None:
     """The assistant's cache remembers as many forwards as it drafts tokens."""
     model, assistant = make_talker("mamba2"), make_talker("mamba2", seed=4)
     assistant.generation_config.num_assistant_tokens = 80
+    assistant.generation_config.eos_token_id = None
     assistant.generation_config.assistant_confidence_threshold = 0.0
     ids = random_ids(1, 7)
 
     def enough(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         return torch.tensor([input_ids.shape[1] >= 10])
 
+    counter = CountCrops(monkeypatch)
     output = model.generate(ids, assistant_model=assistant, max_new_tokens=90, stopping_criteria=[enough], **GREEDY)
     assert torch.equal(output[0, 7:10], greedy_loop(model, ids[0], 3)[0])
+    assert min(counter.crops) < -RecurrentCache(model.config).max_snapshots
 
 
 @ALL_MODELS
@@ -196,11 +199,16 @@ def test_hidden_states_of_every_token(kind: str) -> None:
         assert torch.allclose(actual, states, atol=TOLERANCE)
 
 
-def test_embeddings_and_prompt_lookup() -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_embeddings_and_prompt_lookup(side: str) -> None:
     model = make_talker("falcon_mamba")
-    ids = repetitive(5)
-    embeds = model.get_input_embeddings()(ids).detach()
-    assert_continues(model, list(ids), None, STEPS, inputs_embeds=embeds, prompt_lookup_num_tokens=3)
+    row = repetitive(5)[0]
+    ids, mask = padded([row, random_ids(row.shape[0] + 3)], side)
+    embeds = model.get_input_embeddings()(ids[:1]).detach()
+    options = {"inputs_embeds": embeds, "attention_mask": mask[:1], "prompt_lookup_num_tokens": 3}
+    assert_continues(model, [row], None, STEPS, **options)
+    with pytest.raises(ValueError, match="not both"):
+        model.generate(ids[:1], max_new_tokens=2, **options)
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)

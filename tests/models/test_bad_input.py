@@ -387,5 +387,7 @@ def test_checkpoint_of_another_architecture(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     config = CONFIGS["mamba2"]()
     # not even with this do the tensors pass that it does not have at all
-    with pytest.raises(ValueError, match=r"lacks 5 tensors of Mamba2ForCausalLM.*0.mixer.dt_bias.*0.mixer.norm.weight"):
+    with pytest.raises(
+        ValueError, match=r"lacks 5 tensors of Mamba2ForCausalLM.*0.mixer.dt_bias.*0.mixer.norm.weight"
+    ):
         hf_mamba.Mamba2ForCausalLM.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)

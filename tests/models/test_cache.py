@@ -192,7 +192,11 @@ def test_crop_far_back_replays_in_a_forward_of_its_own(kind: str) -> None:
     cache = fill(model, ids, recording=True)
     cache.crop(-5)
     assert cache.pending_length == MAX_REPLAY + 15
-    assert_goes_on(model, cache, ids[:, :-5], sizes=(1, 2))
+    lengths: list[int] = []
+    model.backbone.layers[0].register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    fill(model, ids[:, -5:-4], cache=cache)
+    assert lengths == [MAX_REPLAY + 15, 1] and cache.pending_length == 0
+    assert_goes_on(model, cache, ids[:, :-4], sizes=(1, 2))
     assert cache.recording
 
 
@@ -257,6 +261,7 @@ def test_snapshots_are_bounded() -> None:
     with pytest.raises(ValueError, match=r"cannot go back to token 7: .*raise `max_snapshots`"):
         cache.crop(-5)
     cache.crop(-4)
+    assert not cache._history
     assert_goes_on(model, cache, ids[:, :8])
     assert_goes_on(model, before, ids)
 

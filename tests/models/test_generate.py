@@ -165,6 +165,31 @@ def test_three_turns_on_one_cache(kind: str, name: str, chunk: int | None, side:
 
 
 @ALL_MODELS
+@pytest.mark.parametrize("pad", [0, "eos"], ids=["pad", "pad-is-eos"])
+def test_a_row_that_ended_early_goes_on_in_the_next_turn(kind: str, pad: int | str) -> None:
+    """What the batch appended to it while the others went on is padding, in its states as in the mask."""
+    model = make_talker(kind)
+    prompt, mask = padded(ROWS, "left")
+    eos = int(greedy_loop(model, ROWS[1], STEPS)[0][1])
+    first = model.generate(
+        prompt,
+        attention_mask=mask,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos if pad == "eos" else pad,
+        return_dict_in_generate=True,
+    )
+    new = first.sequences[:, prompt.shape[1] :]
+    ended = (new[:, :-1] == eos).cumsum(dim=1) > 0
+    assert ended.any(dim=1).tolist() != [True, True, True] and ended[1].any()
+    mask = torch.cat([mask, torch.ones(3, 1), ~ended, torch.ones(3, 2)], dim=1).long()
+    sequences = torch.cat([first.sequences, random_ids(3, 2, seed=9)], dim=1)
+    rows = [row[keep.bool()] for row, keep in zip(sequences, mask, strict=True)]
+    assert_continues(model, rows, sequences, 4, attention_mask=mask, past_key_values=first.past_key_values)
+
+
+@ALL_MODELS
 def test_only_the_new_tokens_with_a_mask_for_all(kind: str) -> None:
     model = make_talker(kind)
     ids = random_ids(1, 6)

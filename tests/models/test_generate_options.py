@@ -10,6 +10,7 @@ from transformers import (
     LogitsProcessor,
     MaxTimeCriteria,
     PreTrainedTokenizerFast,
+    StaticCache,
     TextIteratorStreamer,
     TextStreamer,
 )
@@ -198,6 +199,9 @@ def test_unknown_and_contradicting_arguments_are_refused() -> None:
     for mask in (torch.ones(1, 9), torch.ones(1, 3), torch.zeros(1, 9), torch.zeros(1, 3)):
         with pytest.raises(ValueError, match=f"must have 4 columns, got {mask.shape[1]}"):
             model.generate(ids, attention_mask=mask.long(), max_new_tokens=2)
+        embeds = model.get_input_embeddings()(ids).detach()
+        with pytest.raises(ValueError, match="attention_mask"):
+            model.generate(inputs_embeds=embeds, attention_mask=torch.zeros(1, mask.shape[1]), max_new_tokens=2)
     with pytest.raises(ValueError, match="use_cache=False"):
         model.generate(ids, past_key_values=RecurrentCache(model.config), use_cache=False, max_new_tokens=2)
 
@@ -225,14 +229,24 @@ def test_generation_config_of_the_model(kind: str, tmp_path) -> None:
 
 
 @ALL_MODELS
-def test_a_decoding_loop_of_the_users_own(kind: str) -> None:
-    """prepare_inputs_for_generation() slices by the cache when it is not told how many tokens to feed."""
+@pytest.mark.parametrize("cache_class", [RecurrentCache, StaticCache])
+def test_a_decoding_loop_of_the_users_own(kind: str, cache_class: type) -> None:
+    """A recurrent cache tells prepare_inputs_for_generation() what is new; with a stock cache the caller has to."""
     model = make_talker(kind)
-    prompt, mask = padded(ROWS, "right")
-    ids, cache, tokens = prompt, RecurrentCache(model.config), []
+    own = cache_class is RecurrentCache
+    prompt, mask = padded(ROWS, "right" if own else "left")
+    cache = cache_class(config=model.config, **({} if own else {"max_cache_len": 32}))
+    ids, tokens = prompt, []
     with torch.no_grad():
-        for _ in range(4):
-            inputs = model.prepare_inputs_for_generation(ids, past_key_values=cache, attention_mask=mask)
+        for step in range(4):
+            count = None if own else 1 if step else prompt.shape[1]
+            inputs = model.prepare_inputs_for_generation(
+                ids,
+                next_sequence_length=count,
+                past_key_values=cache,
+                attention_mask=mask,
+                is_first_iteration=not step,
+            )
             tokens.append(model(**inputs).logits[:, -1].argmax(dim=-1, keepdim=True))
             ids = torch.cat([ids, tokens[-1]], dim=1)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)

@@ -37,7 +37,7 @@ from .triton_forward import REGISTER_STATES, Plan, ScanInputs, Tuning, launch_ch
 
 __all__ = ["scan_backward"]
 
-BACKWARD = Tuning(channels=64, tile=8, warps=1)
+BACKWARD = Tuning(channels=64, tile=8)
 # the states before each tile are written for as many chunks at a time as fit in this many bytes
 WORKSPACE_BYTES = 1 << 29
 
@@ -94,7 +94,7 @@ def _tile_states(
                 decay = decay_of(delta, A_n[j], reset, FLAGS)
                 b = u * B_n[j]
                 b = tl.where(k == 0, decay * h[j] + b, b)
-                _, states = tl.associative_scan((decay, b), 0, combine)
+                product, states = tl.associative_scan((decay, b), 0, combine)
                 ends = ends + (row_of(states, k, K - 1),)
             h = ends
 
@@ -276,7 +276,7 @@ def _selective_scan_bwd_kernel(
         g = y_tile.to(tl.float32)
         if HAS_Z:
             z_tile = load_tile(z, t, stride_z_t, d * stride_z_d, inside)
-            silu, _ = silu_parts(z_tile.to(tl.float32))
+            silu, sigmoid = silu_parts(z_tile.to(tl.float32))
             g *= silu
         scanned = tl.zeros((K, BD), tl.float32)
         grad_u = tl.zeros((K, BD), tl.float32)
@@ -295,7 +295,7 @@ def _selective_scan_bwd_kernel(
 
                 decay = decay_of(delta, a_n, reset, FLAGS)
                 before = tl.where(k == 0, decay * h, 0.0)
-                _, states, kept = tl.associative_scan((decay, u * B_n[j] + before, before), 0, _states)
+                product, states, kept = tl.associative_scan((decay, u * B_n[j] + before, before), 0, _states)
                 scanned += states * C_n[j]
                 tl.store(grad_C + projection + n + j, tl.sum(states * g, 1), mask=within_chunk)
 
@@ -303,7 +303,9 @@ def _selective_scan_bwd_kernel(
                 own = tl.flip(g * C_n[j], 0)
                 own = tl.where(k == 0, own + dh, own)
                 ones = tl.full((K, BD), 1.0, tl.float32)
-                _, _, sent, grad_states = tl.associative_scan((decay, ones, decay * own, own), 0, _gradients)
+                product, others, sent, grad_states = tl.associative_scan(
+                    (decay, ones, decay * own, own), 0, _gradients
+                )
                 tl.store(grad_h + (n + j) * channels, row_of(sent, k, K - 1), mask=mask)
                 grad_states = tl.flip(grad_states, 0)
                 tl.store(grad_B + projection + n + j, tl.sum(grad_states * u, 1), mask=within_chunk)
@@ -343,7 +345,7 @@ def _selective_scan_bwd_kernel(
                 tl.store(grad_initial + (state * channels + d) * N + n, dh, mask=mask)
 
 
-@triton.jit
+@scan_kernel
 def _sum_partials_kernel(partials, total, count, size, BLOCK: tl.constexpr):
     """total (size,) = sum over the `count` rows of partials (count, size), first to last."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -446,7 +448,7 @@ def scan_backward(
             FLAGS=inputs.flags is not None,
             VARLEN=table is not None,
             PACKED=plan.packed and parts % 4 == 0,
-            num_warps=tuning.warps,
+            **tuning.options(),
         )
 
     grad_B, grad_C = _sum_projections(partials, inputs.B, inputs.C)

@@ -54,7 +54,19 @@ RESET = tl.constexpr(1)
 REAL = tl.constexpr(2)
 
 # integers that change from call to call: Triton must not compile anew for their divisibility
-LENGTH_ARGUMENTS = ["length", "chunk", "n_chunks", "n_slots", "first_slot", "save_every", "n_saved", "batch", "n_sequences"]
+LENGTH_ARGUMENTS = [
+    "length",
+    "chunk",
+    "n_chunks",
+    "n_slots",
+    "first_slot",
+    "save_every",
+    "n_saved",
+    "batch",
+    "n_sequences",
+    "count",
+    "size",
+]
 _OPERANDS = ("x", "dt", "z", "y", "B", "C", "inputs", "gates", "vector")
 UNALIGNED = ["channels", *(f"stride_{name}_{axis}" for name in _OPERANDS for axis in "btdgn")]
 
@@ -307,7 +319,7 @@ def chunk_states_kernel(
         delta = steps_of_tile(load_tile(dt, t, stride_dt_t, d * stride_dt_d, inside), bias, real, SOFTPLUS)
         value = load_tile(inputs, t, stride_inputs_t, d * stride_inputs_d, inside).to(tl.float32)
         if HAS_GATE:
-            silu, _ = silu_parts(load_tile(gates, t, stride_gates_t, d * stride_gates_d, inside).to(tl.float32))
+            silu, sigmoid = silu_parts(load_tile(gates, t, stride_gates_t, d * stride_gates_d, inside).to(tl.float32))
             value *= silu
         if not BACKWARD:
             value *= delta

@@ -43,12 +43,19 @@ class Tuning(NamedTuple):
 
     channels: int  # BD, channels of a program
     tile: int  # K, tokens loaded at a time
-    warps: int
+    registers: int = 0  # most of a thread, 0 for no limit; only NVIDIA's compiler takes one
+
+    def options(self) -> dict[str, int]:
+        """Launch options: programs are single warps, and loads are scheduled by hand."""
+        options = {"num_warps": 1, "num_stages": 1}
+        if self.registers and torch.version.cuda is not None:
+            options["maxnreg"] = self.registers
+        return options
 
 
 # measured on an H100; see docs/performance.md
-FORWARD = Tuning(channels=64, tile=8, warps=1)
-CHUNK_STATES = Tuning(channels=64, tile=8, warps=1)
+FORWARD = Tuning(channels=64, tile=8)
+CHUNK_STATES = Tuning(channels=64, tile=8)
 # states up to this many live in registers through a whole chunk, more of them are parked in memory between tiles
 REGISTER_STATES = 16
 FORWARD_REGISTER_STATES = 16
@@ -219,7 +226,7 @@ def _selective_scan_fwd_kernel(
             tl.store(parked + m * channels + d, h_n, mask=mask)
 
     t = start + k
-    real, _ = tokens_of_tile(flags, t, end, FLAGS)
+    real, reset = tokens_of_tile(flags, t, end, FLAGS)
     next_dt = load_tile(dt, t, stride_dt_t, d * stride_dt_d, real & mask[None, :])
     next_x = load_tile(x, t, stride_x_t, d * stride_x_d, real & mask[None, :])
     next_z = next_x
@@ -230,7 +237,7 @@ def _selective_scan_fwd_kernel(
         dt_tile, x_tile, z_tile = next_dt, next_x, next_z
         real, reset = tokens_of_tile(flags, t, end, FLAGS)
         # the next tile is on its way while this one is computed
-        later, _ = tokens_of_tile(flags, t + K, end, FLAGS)
+        later, later_reset = tokens_of_tile(flags, t + K, end, FLAGS)
         later = later & mask[None, :]
         next_dt = load_tile(dt, t + K, stride_dt_t, d * stride_dt_d, later)
         next_x = load_tile(x, t + K, stride_x_t, d * stride_x_d, later)
@@ -249,7 +256,9 @@ def _selective_scan_fwd_kernel(
                         tl.store(entry + m * channels, h[m], mask=mask)
                 else:
                     for m in range(0, N):
-                        tl.store(entry + m * channels, tl.load(parked + m * channels + d, mask=mask, other=0.0), mask=mask)
+                        tl.store(
+                            entry + m * channels, tl.load(parked + m * channels + d, mask=mask, other=0.0), mask=mask
+                        )
         for n in range(0, N, NP):
             B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NP, PACKED)
             C_n = load_projection(C, t, stride_C_t, stride_C_n, n, real, NP, PACKED)
@@ -264,7 +273,7 @@ def _selective_scan_fwd_kernel(
                 decay = decay_of(delta, a_n, reset, FLAGS)
                 b = u * B_n[j]
                 b = tl.where(k == 0, decay * h_n + b, b)
-                _, states = tl.associative_scan((decay, b), 0, combine)
+                product, states = tl.associative_scan((decay, b), 0, combine)
                 out += states * C_n[j]
                 h_n = row_of(states, k, K - 1)
                 ends = ends + (h_n,)
@@ -273,7 +282,7 @@ def _selective_scan_fwd_kernel(
             if NP == N:
                 h = ends
         if HAS_Z:
-            silu, _ = silu_parts(z_tile.to(tl.float32))
+            silu, sigmoid = silu_parts(z_tile.to(tl.float32))
             out *= silu
         if FLAGS:
             out = tl.where(real, out, 0.0)
@@ -385,7 +394,7 @@ def launch_chain(
         VARLEN=table is not None,
         PACKED=plan.packed and parts % 4 == 0,
         BACKWARD=backward,
-        num_warps=tuning.warps,
+        **tuning.options(),
     )
     rows = 1 if table is not None else plan.batch
     pass_states_kernel[(rows * plan.size * triton.cdiv(plan.channels, PASS_BLOCK),)](
@@ -479,6 +488,6 @@ def scan_forward(
         FLAGS=inputs.flags is not None,
         VARLEN=table is not None,
         PACKED=plan.packed and parts % 4 == 0,
-        num_warps=tuning.warps,
+        **tuning.options(),
     )
     return y, final, table, starts
