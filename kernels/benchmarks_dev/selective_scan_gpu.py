@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels" / "torch-ext")]
 OUT = Path(os.environ.get("OUT", "/tmp"))
 import torch  # noqa: E402
 import triton  # noqa: E402
+
 from mamba_kernels.selective_scan.reference import selective_scan_ref  # noqa: E402
 
 package = "mamba_kernels.selective_scan."
@@ -344,7 +346,7 @@ def variants():
             inputs = inputs_of({n: v.detach() for n, v in values.items()})
             plan = forward.plan_of(inputs)
             if plan.n_chunks > 1:
-                table[f"{row} | states {name}"] = bench(lambda: forward.launch_chain(inputs, plan, None, None))
+                table[f"{row} | states {name}"] = bench(partial(forward.launch_chain, inputs, plan, None, None))
         for name, setting in BACKWARD_VARIANTS.items():
             apply(base)
             apply(setting)
@@ -354,7 +356,7 @@ def variants():
             grad = torch.randn_like(values["x"])
             try:
                 table[f"{row} | {name}"] = bench(
-                    lambda: backward.scan_backward(inputs, plan, None, starts, grad, None), 40
+                    partial(backward.scan_backward, inputs, plan, None, starts, grad, None), 40
                 )
             except Exception as problem:
                 table[f"{row} | {name}"] = str(problem)[:100]

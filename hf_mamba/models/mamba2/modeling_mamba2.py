@@ -6,7 +6,8 @@ Parameter names are those of transformers' native classes, so checkpoints load e
 from torch import nn
 
 from ...layers import SSDMixer
-from ..heads import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentForTokenClassification
+from ..classifiers import RecurrentForSequenceClassification, RecurrentForTokenClassification
+from ..heads import RecurrentForCausalLM
 from ..recurrent import RecurrentBlock, RecurrentModel, RecurrentPreTrainedModel
 from .configuration_mamba2 import Mamba2Config
 

@@ -24,7 +24,8 @@ from transformers.utils import logging
 from ...layers import LayerNorm, RMSNorm, SelectiveScanMixer, SSDMixer
 from ...layers.switch import TopKRouter, load_balancing_loss, router_z_loss, within_capacity
 from ...sequences import SequenceLayout
-from ..heads import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentForTokenClassification
+from ..classifiers import RecurrentForSequenceClassification, RecurrentForTokenClassification
+from ..heads import RecurrentForCausalLM
 from ..outputs import RecurrentCausalLMOutput, RecurrentClassifierOutput, RecurrentModelOutput
 from ..recurrent import RecurrentModel, RecurrentPreTrainedModel
 from .configuration_moe_mamba import MoeMambaConfig

@@ -94,7 +94,7 @@ def _tile_states(
                 decay = decay_of(delta, A_n[j], reset, FLAGS)
                 b = u * B_n[j]
                 b = tl.where(k == 0, decay * h[j] + b, b)
-                product, states = tl.associative_scan((decay, b), 0, combine)
+                _product, states = tl.associative_scan((decay, b), 0, combine)
                 ends = ends + (row_of(states, k, K - 1),)
             h = ends
 
@@ -186,7 +186,7 @@ def _selective_scan_bwd_kernel(
     block = (pid % (blocks * GROUPS)).to(tl.int32)
     local_slot = pid // (blocks * GROUPS)
     slot = local_slot + first_slot
-    row, state, start, end, is_first, is_last = chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN)
+    row, state, start, end, is_first, _is_last = chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN)
 
     group = block // blocks
     within = (block % blocks) * BD + tl.arange(0, BD)
@@ -276,7 +276,7 @@ def _selective_scan_bwd_kernel(
         g = y_tile.to(tl.float32)
         if HAS_Z:
             z_tile = load_tile(z, t, stride_z_t, d * stride_z_d, inside)
-            silu, sigmoid = silu_parts(z_tile.to(tl.float32))
+            silu, _sigmoid = silu_parts(z_tile.to(tl.float32))
             g *= silu
         scanned = tl.zeros((K, BD), tl.float32)
         grad_u = tl.zeros((K, BD), tl.float32)
@@ -295,7 +295,7 @@ def _selective_scan_bwd_kernel(
 
                 decay = decay_of(delta, a_n, reset, FLAGS)
                 before = tl.where(k == 0, decay * h, 0.0)
-                product, states, kept = tl.associative_scan((decay, u * B_n[j] + before, before), 0, _states)
+                _product, states, kept = tl.associative_scan((decay, u * B_n[j] + before, before), 0, _states)
                 scanned += states * C_n[j]
                 tl.store(grad_C + projection + n + j, tl.sum(states * g, 1), mask=within_chunk)
 
@@ -303,7 +303,7 @@ def _selective_scan_bwd_kernel(
                 own = tl.flip(g * C_n[j], 0)
                 own = tl.where(k == 0, own + dh, own)
                 ones = tl.full((K, BD), 1.0, tl.float32)
-                product, others, sent, grad_states = tl.associative_scan(
+                _product, _others, sent, grad_states = tl.associative_scan(
                     (decay, ones, decay * own, own), 0, _gradients
                 )
                 tl.store(grad_h + (n + j) * channels, row_of(sent, k, K - 1), mask=mask)
@@ -459,9 +459,9 @@ def scan_backward(
         totals[: plan.size].t(),
         grad_B,
         grad_C,
-        None if inputs.D is None else totals[plan.size].to(inputs.D.dtype),
+        None if inputs.D is None else totals[plan.size],
         grad_z,
-        None if inputs.dt_bias is None else totals[plan.size + 1].to(inputs.dt_bias.dtype),
+        None if inputs.dt_bias is None else totals[plan.size + 1],
         grad_initial,
     )
 
@@ -481,4 +481,4 @@ def _sum_projections(partials: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Te
         num_warps=4,
     )
     grad_B, grad_C = total.unbind(0)
-    return grad_B.to(B.dtype), grad_C.to(C.dtype)
+    return grad_B, grad_C

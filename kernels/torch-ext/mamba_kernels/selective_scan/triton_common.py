@@ -319,7 +319,7 @@ def chunk_states_kernel(
         delta = steps_of_tile(load_tile(dt, t, stride_dt_t, d * stride_dt_d, inside), bias, real, SOFTPLUS)
         value = load_tile(inputs, t, stride_inputs_t, d * stride_inputs_d, inside).to(tl.float32)
         if HAS_GATE:
-            silu, sigmoid = silu_parts(load_tile(gates, t, stride_gates_t, d * stride_gates_d, inside).to(tl.float32))
+            silu, _sigmoid = silu_parts(load_tile(gates, t, stride_gates_t, d * stride_gates_d, inside).to(tl.float32))
             value *= silu
         if not BACKWARD:
             value *= delta

@@ -186,7 +186,7 @@ def _selective_scan_fwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     block = (pid % (blocks * GROUPS)).to(tl.int32)
     slot = pid // (blocks * GROUPS)
-    row, state, start, end, is_first, is_last = chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN)
+    row, state, start, end, _is_first, is_last = chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN)
     if state < 0:
         return
 
@@ -237,7 +237,7 @@ def _selective_scan_fwd_kernel(
         dt_tile, x_tile, z_tile = next_dt, next_x, next_z
         real, reset = tokens_of_tile(flags, t, end, FLAGS)
         # the next tile is on its way while this one is computed
-        later, later_reset = tokens_of_tile(flags, t + K, end, FLAGS)
+        later, _later_reset = tokens_of_tile(flags, t + K, end, FLAGS)
         later = later & mask[None, :]
         next_dt = load_tile(dt, t + K, stride_dt_t, d * stride_dt_d, later)
         next_x = load_tile(x, t + K, stride_x_t, d * stride_x_d, later)
@@ -273,7 +273,7 @@ def _selective_scan_fwd_kernel(
                 decay = decay_of(delta, a_n, reset, FLAGS)
                 b = u * B_n[j]
                 b = tl.where(k == 0, decay * h_n + b, b)
-                product, states = tl.associative_scan((decay, b), 0, combine)
+                _product, states = tl.associative_scan((decay, b), 0, combine)
                 out += states * C_n[j]
                 h_n = row_of(states, k, K - 1)
                 ends = ends + (h_n,)
@@ -282,7 +282,7 @@ def _selective_scan_fwd_kernel(
             if NP == N:
                 h = ends
         if HAS_Z:
-            silu, sigmoid = silu_parts(z_tile.to(tl.float32))
+            silu, _sigmoid = silu_parts(z_tile.to(tl.float32))
             out *= silu
         if FLAGS:
             out = tl.where(real, out, 0.0)

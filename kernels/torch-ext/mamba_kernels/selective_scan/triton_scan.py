@@ -9,7 +9,7 @@ from ..autograd import first_order_only
 from ..packing import resets_and_valid
 from .eager import selective_scan_eager
 from .triton_backward import scan_backward
-from .triton_forward import Plan, ScanInputs, plan_of, scan_forward
+from .triton_forward import ScanInputs, plan_of, scan_forward
 
 __all__ = ["SelectiveScanTritonFunction", "selective_scan_triton"]
 
@@ -47,18 +47,18 @@ class SelectiveScanTritonFunction(torch.autograd.Function):
     @staticmethod
     @first_order_only("selective_scan")
     def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        *operands, table, starts = ctx.saved_tensors
-        x, _, A, _, _, _, _, _, initial_states, *_ = operands
-        inputs = _inputs(*operands, ctx.dt_softplus)
+        x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, table, starts = ctx.saved_tensors
+        inputs = _inputs(x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, ctx.dt_softplus)
         if grad_y is None:
             grad_y = x.new_zeros(1, 1, 1).expand_as(x)
         if grad_final is not None:
             grad_final = grad_final.contiguous()
-        grads = list(scan_backward(inputs, plan_of(inputs), table, starts, grad_y, grad_final))
-        grads[2] = grads[2].to(A.dtype)
-        if initial_states is not None:
-            grads[8] = grads[8].to(initial_states.dtype)
-        return (*grads, None, None, None, None)
+        grads = scan_backward(inputs, plan_of(inputs), table, starts, grad_y, grad_final)
+        likes = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+        return (
+            *(None if g is None or v is None else g.to(v.dtype) for g, v in zip(grads, likes, strict=True)),
+            *(None,) * 4,
+        )
 
 
 def _inputs(

@@ -1,0 +1,318 @@
+"""The Triton selective scan against the fp64 oracle.
+
+Tests marked `gpu` run the compiled kernels. The others run the same kernels under Triton's interpreter on the CPU, at toy sizes:
+the interpreter must be chosen before triton is imported, so this file runs itself in a second process and reads its figures.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "mamba_kernels.selective_scan."
+# RMS of the error over the RMS of the expected value
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
+OPERANDS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+
+# id: what differs from a plain call; `channels` and `tile` of a program, `chunk` and `split` shape the launch
+TOY_CASES: dict[str, dict[str, Any]] = {
+    "one-token": {"length": 1, "initial": True},
+    "cut-in-chunks": {"initial": True},
+    "whole-sequences": {"split": False, "initial": True},
+    "states-parked-in-memory": {"registers": 2, "initial": True},
+    "groups": {"groups": 2, "width": 4, "channels": 2},
+    "bare": {"bare": True, "size": 3},
+    "no-softplus": {"softplus": False},
+    "seq-idx": {"seq_idx": [[0, 0, -1, 1, 1, 1, -1, 1, 2], [-1, 3, 3, 3, 3, 4, 4, -1, -1]], "initial": True},
+    "cu-seqlens": {"batch": 1, "cu_seqlens": [0, 0, 2, 8, 9], "initial": True},
+    "strided-and-little-workspace": {"strided": True, "workspace": 1},
+    "no-gradient-of-y": {"length": 5, "without": "y"},
+    "no-gradient-of-states": {"length": 5, "without": "final_states"},
+    "fp16-words": {"dtype": torch.float16, "length": 5},
+}
+
+
+def make_operands(
+    batch: int,
+    length: int,
+    width: int,
+    size: int,
+    groups: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    sequences: int | None = None,
+    initial: bool = False,
+    bare: bool = False,
+    strided: bool = False,
+    softplus: bool = True,
+) -> dict[str, Tensor | None]:
+    """Random operands of one call; those of `strided` are views with gaps, dt with its channels far apart."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    def tokens() -> Tensor:
+        if strided:
+            return normal(batch, length, 2 * width + 1)[:, :, 1 : width + 1].to(dtype)
+        return normal(batch, length, width).to(dtype)
+
+    projection = (batch, length, size) if groups is None else (batch, length, groups, size)
+    dt = normal(batch, width, length).to(dtype).transpose(1, 2) if strided else tokens()
+    return {
+        "x": tokens(),
+        "dt": dt if softplus else dt.abs() * 0.3,
+        "A": -2 * torch.rand(width, size, device=device),
+        "B": normal(*projection).to(dtype),
+        "C": normal(*projection).to(dtype),
+        "D": None if bare else normal(width),
+        "z": None if bare else tokens(),
+        "dt_bias": None if bare or not softplus else normal(width),
+        "initial_states": normal(sequences or batch, width, size) if initial else None,
+    }
+
+
+def differentiate(
+    fn: Any, operands: dict[str, Tensor | None], weights: tuple[Tensor, Tensor], without: str | None, **options: Any
+) -> dict[str, Tensor | None]:
+    """Outputs and gradients of a call under fixed gradients of its outputs."""
+    leaves = {name: None if value is None else value.detach().requires_grad_() for name, value in operands.items()}
+    y, final = fn(**leaves, **options, return_final_states=True)
+    outputs = [y, final] if without is None else [final if without == "y" else y]
+    incoming = [*weights] if without is None else [weights[1 if without == "y" else 0]]
+    present = {name: value for name, value in leaves.items() if value is not None}
+    gradients = torch.autograd.grad(
+        outputs,
+        list(present.values()),
+        [weight.to(output.dtype) for weight, output in zip(incoming, outputs, strict=True)],
+        allow_unused=True,
+    )
+    return {"y": y.detach(), "final_states": final.detach()} | {
+        f"gradient of {name}": gradient for name, gradient in zip(present, gradients, strict=True)
+    }
+
+
+def errors_of(operands: dict[str, Tensor | None], without: str | None = None, **options: Any) -> dict[str, float]:
+    """RMS-relative error of every output and gradient; infinite where something is not finite."""
+    scan = importlib.import_module(PACKAGE + "triton_scan").selective_scan_triton
+    reference = importlib.import_module(PACKAGE + "reference").selective_scan_ref
+    x, A = operands["x"], operands["A"]
+    assert x is not None and A is not None
+    sequences = x.shape[0] if options.get("cu_seqlens") is None else options["cu_seqlens"].shape[0] - 1
+    weights = (torch.randn_like(x), torch.randn(sequences, *A.shape, device=x.device))
+    actual = differentiate(scan, operands, weights, without, **options)
+    double = {name: None if value is None else value.double() for name, value in operands.items()}
+    expected = differentiate(reference, double, weights, without, **options)
+    errors = {}
+    for name, want in expected.items():
+        have = actual[name]
+        if want is None or have is None:
+            # the oracle says None where a gradient cannot depend on the input
+            errors[name] = 0.0 if have is None or not have.any() else float("inf")
+            continue
+        scale = want.square().mean().sqrt().clamp(min=1e-30)
+        errors[name] = float((have.double() - want).square().mean().sqrt() / scale)
+        if have.dtype != (operands.get(name.removeprefix("gradient of "), have) if "of" in name else have).dtype:
+            errors[name + ", its dtype"] = float("inf")
+    return {name: error if error == error else float("inf") for name, error in errors.items()}
+
+
+def run_toy_case(
+    batch: int = 2,
+    length: int = 9,
+    width: int = 3,
+    size: int = 4,
+    groups: int | None = None,
+    channels: int = 4,
+    chunk: int = 4,
+    split: bool = True,
+    registers: int = 16,
+    workspace: int = 1 << 20,
+    softplus: bool = True,
+    seq_idx: list[list[int]] | None = None,
+    cu_seqlens: list[int] | None = None,
+    without: str | None = None,
+    **kind: Any,
+) -> dict[str, float]:
+    """One entry of TOY_CASES, with programs small enough to have several of everything."""
+    forward = importlib.import_module(PACKAGE + "triton_forward")
+    backward = importlib.import_module(PACKAGE + "triton_backward")
+    tuning = forward.Tuning(channels=channels, tile=2)
+    forward.FORWARD = forward.CHUNK_STATES = backward.BACKWARD = tuning
+    forward.SHORTEST_CHUNK = forward.LONGEST_CHUNK = chunk
+    forward.UNSPLIT_PROGRAMS = 1 << 30 if split else 0
+    forward.FORWARD_REGISTER_STATES = registers
+    backward.WORKSPACE_BYTES = workspace
+    options: dict[str, Any] = {"dt_softplus": softplus, "without": without}
+    sequences = batch
+    if seq_idx is not None:
+        options["seq_idx"] = torch.tensor(seq_idx)
+    if cu_seqlens is not None:
+        options["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+        sequences = len(cu_seqlens) - 1
+    operands = make_operands(batch, length, width, size, groups=groups, sequences=sequences, softplus=softplus, **kind)
+    return errors_of(operands, **options)
+
+
+@pytest.fixture(scope="module")
+def toy_errors() -> dict[str, dict[str, float]]:
+    """What `python test_selective_scan_triton.py` prints: the errors of every toy case, under the interpreter."""
+    paths = [ROOT, ROOT / "kernels" / "torch-ext", *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(str(path) for path in paths),
+    }
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", list(TOY_CASES))
+def test_kernels_under_the_interpreter(toy_errors: dict[str, dict[str, float]], case: str) -> None:
+    tolerance = TOLERANCES[TOY_CASES[case].get("dtype", torch.float32)]
+    wrong = {name: error for name, error in toy_errors[case].items() if not error <= tolerance}
+    assert not wrong
+
+
+def assert_within_tolerance(errors: dict[str, float], dtype: torch.dtype) -> None:
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCES[dtype]}
+    assert not wrong
+
+
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "bf16", "fp16"])
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 257, 2000])
+def test_lengths_on_gpu(length: int, dtype: torch.dtype) -> None:
+    operands = make_operands(2, length, 80, 16, dtype=dtype, device="cuda", initial=True)
+    assert_within_tolerance(errors_of(operands), dtype)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"bare": True},
+        {"groups": 4},
+        {"strided": True, "initial": True},
+        {"size": 1},
+        {"size": 5},
+        {"size": 24, "initial": True},
+        {"size": 256, "length": 70},
+        {"batch": 8, "width": 2048, "length": 70, "initial": True},
+        {"batch": 64, "width": 33, "length": 100},
+    ],
+    ids=["bare", "groups", "strided", "N1", "N5", "N24", "N256", "whole-sequences", "batch-64"],
+)
+def test_shapes_on_gpu(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    sizes = {"batch": 2, "length": 257, "width": 80, "size": 16} | shape
+    assert_within_tolerance(errors_of(make_operands(**sizes, dtype=dtype, device="cuda")), dtype)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("packing", ["seq_idx", "cu_seqlens"])
+def test_packed_sequences_on_gpu(packing: str, dtype: torch.dtype) -> None:
+    if packing == "seq_idx":
+        seq_idx = torch.randint(0, 40, (3, 300), device="cuda").eq(0).cumsum(1)
+        options = {"seq_idx": torch.where(torch.rand(3, 300, device="cuda") < 0.1, -1, seq_idx)}
+        operands = make_operands(3, 300, 80, 16, dtype=dtype, device="cuda", initial=True)
+    else:
+        bounds = [0, 64, 64, 65, 300, 556, 700, 700]
+        options = {"cu_seqlens": torch.tensor(bounds, device="cuda", dtype=torch.int32)}
+        operands = make_operands(1, 700, 80, 16, dtype=dtype, device="cuda", initial=True, sequences=len(bounds) - 1)
+    assert_within_tolerance(errors_of(operands, **options), dtype)
+
+
+@pytest.mark.gpu
+def test_padding_may_hold_nan_on_gpu() -> None:
+    scan = importlib.import_module(PACKAGE + "triton_scan").selective_scan_triton
+    operands = make_operands(2, 100, 64, 16, device="cuda")
+    seq_idx = torch.zeros(2, 100, dtype=torch.int32, device="cuda")
+    seq_idx[:, 40:45] = -1
+    expected = scan(**operands, seq_idx=seq_idx)
+    for name in ("x", "dt", "B", "C", "z"):
+        operands[name][:, 40:45] = float("nan")
+    assert torch.equal(scan(**operands, seq_idx=seq_idx), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [20.0, 80.0], ids=["dt-20", "dt-80"])
+def test_extreme_steps_on_gpu(scale: float) -> None:
+    operands = make_operands(2, 257, 64, 16, device="cuda", initial=True)
+    operands["dt"] = (torch.rand_like(operands["dt"]) * 2 - 1) * scale
+    assert_within_tolerance(errors_of(operands), torch.float32)
+
+
+@pytest.mark.gpu
+def test_same_bits_every_time_on_gpu() -> None:
+    scan = importlib.import_module(PACKAGE + "triton_scan").selective_scan_triton
+    operands = make_operands(4, 1000, 256, 16, dtype=torch.bfloat16, device="cuda", initial=True)
+    weights = (torch.randn_like(operands["x"]), torch.randn(4, 256, 16, device="cuda"))
+    first = differentiate(scan, operands, weights, None)
+    for _ in range(9):
+        again = differentiate(scan, operands, weights, None)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_compiles_without_graph_breaks_on_gpu() -> None:
+    scan = importlib.import_module(PACKAGE + "triton_scan").selective_scan_triton
+    operands = make_operands(2, 300, 128, 16, device="cuda", initial=True)
+    weights = (torch.randn_like(operands["x"]), torch.randn(2, 128, 16, device="cuda"))
+    expected = differentiate(scan, operands, weights, None)
+    actual = differentiate(torch.compile(scan, fullgraph=True), operands, weights, None)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.gpu
+def test_cuda_graph_on_gpu() -> None:
+    scan = importlib.import_module(PACKAGE + "triton_scan").selective_scan_triton
+    operands = make_operands(1, 300, 128, 16, device="cuda")
+    expected = scan(**operands)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = scan(**operands)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements_on_gpu() -> None:
+    scan = importlib.import_module(PACKAGE + "triton_scan").selective_scan_triton
+    width, length = 512, (1 << 22) + 77
+    operands = make_operands(1, 400, width, 16, dtype=torch.bfloat16, device="cuda", bare=True)
+    tail = {name: value for name, value in operands.items() if name in ("x", "dt", "B", "C")}
+    # zeros before the tail keep the state at zero
+    long = {name: value.new_zeros(1, length, value.shape[2]) for name, value in tail.items()}
+    for name, value in tail.items():
+        long[name][:, :400] = value
+        long[name][:, -400:] = value
+    A = operands["A"] - 1
+    expected = scan(**tail, A=A)
+    actual = scan(**long, A=A)
+    torch.testing.assert_close(actual[:, :400], expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(actual[:, -400:], expected, rtol=0, atol=0.02)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    print(json.dumps({name: run_toy_case(**case) for name, case in TOY_CASES.items()}))
