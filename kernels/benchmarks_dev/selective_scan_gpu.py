@@ -115,8 +115,51 @@ def compare(label, values, dtype, **options):
     return ok, name, worst
 
 
+SHARDS = 10
+
+
 def gate():
-    started, count, failed = time.time(), 0, 0
+    """All cases, spread over processes: most of the time is compilation."""
+    started = time.time()
+    code = "import sys; n=int(sys.argv[1]); sys.argv=['x']; import selective_scan_gpu as s; s.gate_shard(n)"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(n)],
+            cwd=Path(__file__).parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(SHARDS)
+    ]
+    cases, failed = [], 0
+    for n, process in enumerate(processes):
+        out, err = process.communicate()
+        lines = out.strip().splitlines()
+        print("\n".join(line for line in lines if line.startswith("  ")), end="\n" if len(lines) > 1 else "")
+        try:
+            part = json.loads(lines[-1])
+            cases += part["gate"]
+            failed += part["failed"]
+        except (IndexError, ValueError):
+            failed += 1
+            print(f"  FAIL shard {n}: {err[-500:]}", flush=True)
+    RESULT["gate"], RESULT["gate_failed"] = cases, failed
+    worst = {}
+    for case in cases:
+        for name, value in case["errors"].items():
+            key = case["case"].split()[0]
+            if key.startswith("torch."):
+                worst[key] = max(worst.get(key, (0, "")), (value, name + " " + case["case"]))
+    print(
+        f"gate: {len(cases)} cases, {failed} failed, {time.time() - started:.0f} s; worst: "
+        + "; ".join(f"{d} {e:.1e} ({n})" for d, (e, n) in worst.items()),
+        flush=True,
+    )
+
+
+def gate_shard(shard):
+    failed = 0
     shapes = [(2, 96, length) for length in (1, 2, 3, 63, 64, 65, 257, 700)]
     cases = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -137,7 +180,7 @@ def gate():
     cases.append(("unsplit", (8, 2048, 130), torch.float32, {}, {"init": True}))
     cases.append(("unsplit bf16", (8, 2048, 130), torch.bfloat16, {}, {}))
     cases.append(("L8192", (1, 32, 8192), torch.float32, {"trained": True}, {}))
-    for label, (batch, channels, length), dtype, how, what in cases:
+    for label, (batch, channels, length), dtype, how, what in cases[shard::SHARDS]:
         values = operands(batch, channels, length, dtype=dtype, **how)
         options = {"n_states": batch}
         if what.get("cu"):
@@ -165,13 +208,10 @@ def gate():
         except Exception as problem:
             ok = False
             print(f"  FAIL {label}: {type(problem).__name__} {str(problem)[:600]}", flush=True)
-        count += 1
         failed += not ok
-    worst = {}
-    for case in RESULT.get("gate", []):
-        dtype = case["case"].split()[0]
-        for name, value in case["errors"].items():
-            worst[dtype] = max(worst.get(dtype, (0, "")), (value, name + " " + case["case"]))
+    if shard:
+        print(json.dumps({"gate": RESULT.get("gate", []), "failed": failed}))
+        return
     # the same bits every time
     values = operands(2, 256, 1000, grad=True)
     names = list(values)
@@ -186,13 +226,7 @@ def gate():
             failed += 1
             print("  FAIL: not deterministic")
             break
-    print(
-        f"gate: {count} cases, {failed} failed, {time.time() - started:.0f} s; worst: "
-        + "; ".join(f"{d} {e:.1e} ({n})" for d, (e, n) in worst.items() if d.startswith("torch.")),
-        flush=True,
-    )
-    RESULT["gate_failed"] = failed
-    return failed
+    print(json.dumps({"gate": RESULT.get("gate", []), "failed": failed}))
 
 
 def compiled():

@@ -4,6 +4,7 @@
 `reference` (the fp64 oracle) can be forced too, for tests and debugging; it is never chosen by itself.
 """
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,9 +17,12 @@ __all__ = ["BACKENDS", "OPS", "backend", "forced_backend", "select", "warn_once"
 
 BACKENDS = ("triton", "eager", "reference")
 
+# Turing; older GPUs lack the bf16 conversions and the memory instructions Triton emits
+OLDEST_CAPABILITY = (7, 5)
+
 # every op and whether it has a Triton implementation yet; `hf-mamba env` prints this table
 OPS: dict[str, bool] = {
-    "selective_scan": False,
+    "selective_scan": True,
     "ssd_chunk_scan": False,
     "causal_conv1d": False,
     "selective_state_update": False,
@@ -87,9 +91,30 @@ def select(op: str, device: torch.device) -> str:
         if _forced == "triton" and not OPS[op]:
             raise RuntimeError(f"{op} has no Triton implementation; use backend('eager') or unset HF_MAMBA_BACKEND.")
         return _forced
-    if OPS[op] and device.type in ("cuda", "xpu"):
+    if OPS[op] and device.type in ("cuda", "xpu") and _triton_works(device.type, device.index):
         return "triton"
     return "eager"
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _triton_works(device_type: str, index: int | None) -> bool:
+    """Whether Triton kernels run on a device; warns with the reason and the cure if they do not."""
+    if importlib.util.find_spec("triton") is None:
+        warn_once(
+            "mamba_kernels: Triton is not installed, so the operators run as plain torch on this GPU, which is slower. "
+            "Cure: pip install triton"
+        )
+        return False
+    if device_type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(index)
+        if capability < OLDEST_CAPABILITY:
+            warn_once(
+                f"mamba_kernels: Triton kernels need compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}, this "
+                f"GPU has {capability[0]}.{capability[1]}; the operators run as plain torch, which is slower."
+            )
+            return False
+    return True
 
 
 @cache

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..checks import check_dtype, check_same_device, check_shape, check_tensor
-from ..dispatch import forced_backend, select
+from ..dispatch import select
 from ..packing import check_packing
 from .eager import selective_scan_eager
 from .reference import selective_scan_ref
@@ -122,7 +122,7 @@ def selective_scan(
         cu_seqlens=cu_seqlens,
     )
     # forcing it works before OPS says that it is chosen by itself
-    name = "triton" if forced_backend() == "triton" else select(OP, x.device)
+    name = select(OP, x.device)
     if name == "triton":
         from .triton_scan import selective_scan_triton as implementation
     else:

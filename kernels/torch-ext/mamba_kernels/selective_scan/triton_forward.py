@@ -54,8 +54,8 @@ class Tuning(NamedTuple):
 
 
 # measured on an H100; see docs/performance.md
-FORWARD = Tuning(channels=64, tile=8)
-CHUNK_STATES = Tuning(channels=64, tile=8)
+FORWARD = Tuning(channels=64, tile=4)
+CHUNK_STATES = Tuning(channels=64, tile=4)
 # states up to this many live in registers through a whole chunk, more of them are parked in memory between tiles
 REGISTER_STATES = 16
 FORWARD_REGISTER_STATES = 16
@@ -64,7 +64,7 @@ FORWARD_PARTS = 4
 TARGET_PROGRAMS = 2048
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 1024
 # with at least this many programs the forward walks through whole sequences instead of cutting them
-UNSPLIT_PROGRAMS = 256
+UNSPLIT_PROGRAMS = 1024
 PASS_BLOCK = 64
 
 
@@ -331,6 +331,9 @@ def plan_of(inputs: ScanInputs) -> Plan:
 
 def _can_be_packed(value: Tensor) -> bool:
     """Whether four numbers at a time can be read as an aligned 64-bit word, state index fastest."""
+    # a traced tensor has no storage to ask
+    if torch.compiler.is_compiling():
+        return False
     *outer, last = value.stride()
     return (
         value.element_size() == 2
