@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaForCausalLM as NativeFalconMamba
-from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM as NativeMamba2
 from transformers.models.mamba.modeling_mamba import MambaForCausalLM as NativeMamba
+from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM as NativeMamba2
 
 import hf_mamba
 

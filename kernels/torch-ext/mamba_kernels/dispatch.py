@@ -91,12 +91,14 @@ def select(op: str, device: torch.device) -> str:
         if _forced == "triton" and not OPS[op]:
             raise RuntimeError(f"{op} has no Triton implementation; use backend('eager') or unset HF_MAMBA_BACKEND.")
         return _forced
+    # the Triton operators do not trace yet, the eager ones do
+    if torch.compiler.is_compiling():
+        return "eager"
     if OPS[op] and device.type in ("cuda", "xpu") and _triton_works(device.type, device.index):
         return "triton"
     return "eager"
 
 
-@torch.compiler.assume_constant_result
 @cache
 def _triton_works(device_type: str, index: int | None) -> bool:
     """Whether Triton kernels run on a device; warns with the reason and the cure if they do not."""
