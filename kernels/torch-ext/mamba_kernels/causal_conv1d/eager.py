@@ -14,7 +14,7 @@ from ..packing import cu_seqlens_to_seq_idx, segments_and_valid
 
 __all__ = ["causal_conv1d_eager"]
 
-# elements of a block of tokens; a few fp32 blocks fit the last level cache (docs/performance_notes_ssd_cpu.md)
+# elements of a block of tokens; a few fp32 blocks fit the last level cache (docs/performance.md)
 BLOCK_ELEMENTS = 2**19
 
 

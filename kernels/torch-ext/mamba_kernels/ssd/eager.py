@@ -23,7 +23,7 @@ from .grid import chunk_grid
 
 __all__ = ["ssd_chunk_scan_eager"]
 
-# tokens a chunk; measured on two CPU cores, where 32 and 128 are slower (docs/performance_notes_ssd_cpu.md)
+# tokens a chunk; measured on two CPU cores, where 32 and 128 are slower (docs/performance.md)
 BLOCK = 64
 # elements of the (b, k, h, q, q) tensors worked on at once: as many as stay in the last level cache, or as fill a GPU
 CPU_ELEMENTS = 2**19
