@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
@@ -310,13 +311,25 @@ def _backends(torch: Any, environment: Environment) -> None:
         return
     environment.forced_backend = dispatch.forced_backend()
     device = torch.device(environment.devices[0].type if environment.devices else "cpu")
-    for op in dispatch.OPS:
-        try:
-            environment.backends[op] = dispatch.select(op, device)
-        except RuntimeError as error:
-            environment.backends[op] = "none"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for op in dispatch.OPS:
+            try:
+                environment.backends[op] = dispatch.select(op, device)
+            except Exception as error:
+                environment.backends[op] = "none"
+                environment.problems.append(
+                    Problem(what=_first_line(error), consequence=f"{op} fails", command="unset HF_MAMBA_BACKEND")
+                )
+    # why Triton is not used on this GPU; a missing triton is reported with the other packages
+    if environment.packages["triton"] is not None:
+        for message in dict.fromkeys(str(warning.message) for warning in caught):
             environment.problems.append(
-                Problem(what=str(error), consequence=f"{op} fails", command="unset HF_MAMBA_BACKEND")
+                Problem(
+                    what=message.rstrip("."),
+                    consequence="ops run on the eager backend",
+                    command="nothing to install: the eager backend is right, only slower",
+                )
             )
 
 

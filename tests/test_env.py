@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from types import SimpleNamespace
@@ -49,6 +50,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, kind: str = "cuda") -> None:
     monkeypatch.setattr(env, "_devices", lambda torch, environment: [env.Device("A GPU", kind, "9.0", 80.0)])
+    monkeypatch.setattr(dispatch, "_triton_works", lambda device_type, index: True)
 
 
 def test_versions_are_those_of_the_running_modules() -> None:
@@ -86,6 +88,30 @@ def test_a_gpu_chooses_triton_where_there_is_a_kernel(monkeypatch: pytest.Monkey
     backends = collect().backends
     assert backends["selective_scan"] == "triton"
     assert backends["rms_norm"] == "eager"
+
+
+def test_a_gpu_that_triton_does_not_support_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old(device_type: str, index: int | None) -> bool:
+        warnings.warn("this GPU has capability 6.1", UserWarning, stacklevel=1)
+        return False
+
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(dispatch, "_triton_works", too_old)
+    monkeypatch.setitem(dispatch.OPS, "selective_scan", True)
+    environment = collect()
+    assert environment.backends["selective_scan"] == "eager"
+    assert "eager" in problem_about(environment, "capability 6.1").consequence
+
+
+def test_an_op_whose_backend_cannot_be_chosen_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(op: str, device: torch.device) -> str:
+        raise AssertionError("no driver")
+
+    monkeypatch.setattr(dispatch, "select", broken)
+    monkeypatch.setattr(dispatch, "OPS", {"selective_scan": True})
+    environment = collect()
+    assert environment.backends == {"selective_scan": "none"}
+    assert "no driver" in problem_about(environment, "no driver").what
 
 
 def test_model_types_are_registered_and_unregistered() -> None:

@@ -49,11 +49,14 @@ def test_loss_and_gradients_equal_native(kind: str) -> None:
 @NATIVE_MODELS
 def test_greedy_generation_equals_native(kind: str) -> None:
     with_oracle(kind)
-    model = make_model(kind)
+    # with a tied head these tiny models repeat one token for ever, which proves little
+    model = make_model(kind, seed=2, tie_word_embeddings=False)
     native = make_native(model)
     ids = random_ids(2, 9)
     options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
-    assert torch.equal(model.generate(ids, **options), native.generate(ids, **options))
+    generated = model.generate(ids, **options)
+    assert torch.equal(generated, native.generate(ids, **options))
+    assert all(row.unique().numel() > 5 for row in generated[:, 9:])
 
 
 @NATIVE_MODELS
