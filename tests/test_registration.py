@@ -169,7 +169,9 @@ def test_registrations_of_others_survive() -> None:
         hf_mamba.register()
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "deepcopy", "pickle"]
+)
 def test_auto_mappings_can_be_copied(copied) -> None:
     mapping = copied(AutoModelForCausalLM._model_mapping)
     for model_type in CLASSES:

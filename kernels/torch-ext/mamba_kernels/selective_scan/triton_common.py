@@ -401,12 +401,12 @@ def pass_states_kernel(
             _, state, _, _, is_first, is_last = chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN)
             enters = is_last if BACKWARD else is_first
             leaves = is_first if BACKWARD else is_last
-            inner = mask & used & (state >= 0) & (leaves == 0)
+            inner = (mask & used & (state >= 0) & (leaves == 0)) != 0
             locals_ = locals_ + (tl.load(states + slot * stride + base, mask=inner, other=0.0),)
             decays = decays + (tl.load(decay + slot * stride + base, mask=inner, other=0.0),)
             if HAS_OUTER:
                 source = outer + (tl.maximum(state, 0) * channels + d) * N + n
-                fresh = tl.load(source, mask=mask & used & (state >= 0) & enters, other=0.0).to(tl.float32)
+                fresh = tl.load(source, mask=(mask & used & (state >= 0) & enters) != 0, other=0.0).to(tl.float32)
             else:
                 fresh = tl.zeros((BD,), tl.float32)
             entering = entering + (fresh,)
@@ -417,7 +417,7 @@ def pass_states_kernel(
             _, state, _, _, is_first, is_last = chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN)
             enters = is_last if BACKWARD else is_first
             h = tl.where(enters, entering[i], h)
-            tl.store(states + slot * stride + base, h, mask=mask & used & (state >= 0))
+            tl.store(states + slot * stride + base, h, mask=(mask & used & (state >= 0)) != 0)
             h = decays[i] * h + locals_[i]
 
 
