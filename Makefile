@@ -45,8 +45,8 @@ $(VENV)/.ready: pyproject.toml scripts/setup_venv.sh $(VENV)/.settings
 
 setup: $(VENV)/.ready ## create .venv with torch, hf_mamba and the development tools
 
-demo: setup ## generate text with the packaged checkpoint, on the CPU
-	@$(BIN)/hf-mamba generate demo "$(PROMPT)" --device cpu --max-new-tokens 80 --temperature 0.8 --top-k 40 --seed 1 $(ARGS)
+demo: setup ## text from the packaged checkpoint through pipeline(), on the CPU
+	@$(BIN)/python examples/demo.py "$(PROMPT)" $(ARGS)
 
 test: setup ## run the test-suite (ARGS="tests/test_cli.py -k env" chooses)
 	$(PYTEST) $(ARGS)

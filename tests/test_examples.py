@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 import debian_texts  # noqa: E402
+import demo  # noqa: E402
 import language_modeling  # noqa: E402
 import prepare_text  # noqa: E402
 import train_language_model  # noqa: E402
@@ -386,3 +387,11 @@ def test_build_config_refuses(finished, options, message):
     tokenizer = AutoTokenizer.from_pretrained(finished[0].output_dir)
     with pytest.raises(ValueError, match=message):
         train_language_model.build_config(train_language_model.Arguments(**options), tokenizer)
+
+
+def test_demo_generates_through_a_pipeline_of_ours(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "My dear", "--max-new-tokens", "12"])
+    demo.main()
+    printed = capsys.readouterr().out
+    assert "hf_mamba.models.mamba2" in printed and "12 new tokens" in printed
+    assert re.search(r"^My dear\W", printed, re.MULTILINE)
