@@ -8,29 +8,34 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["BACKENDS", "OPS", "backend", "forced_backend", "select", "warn_once"]
+__all__ = ["BACKENDS", "OPS", "backend", "forced_backend", "left_to_eager", "on_device", "select", "warn_once"]
 
 BACKENDS = ("triton", "eager", "reference")
 
 # Turing; older GPUs lack the bf16 conversions and the memory instructions Triton emits
 OLDEST_CAPABILITY = (7, 5)
 
+# most states of a channel that the Triton kernels take, as in mamba-ssm
+LARGEST_STATE = 256
+
 # every op and whether it has a Triton implementation yet; `hf-mamba env` prints this table
 OPS: dict[str, bool] = {
     "selective_scan": True,
-    "ssd_chunk_scan": False,
+    "ssd_chunk_scan": True,
     "causal_conv1d": False,
-    "selective_state_update": False,
-    "ssd_state_update": False,
+    "selective_state_update": True,
+    "ssd_state_update": True,
     "causal_conv1d_update": False,
-    "rms_norm": False,
-    "add_rms_norm": False,
-    "rms_norm_gated": False,
+    "rms_norm": True,
+    "add_rms_norm": True,
+    "rms_norm_gated": True,
 }
 
 
@@ -91,14 +96,49 @@ def select(op: str, device: torch.device) -> str:
         if _forced == "triton" and not OPS[op]:
             raise RuntimeError(f"{op} has no Triton implementation; use backend('eager') or unset HF_MAMBA_BACKEND.")
         return _forced
-    # the Triton operators do not trace yet, the eager ones do
-    if torch.compiler.is_compiling():
-        return "eager"
     if OPS[op] and device.type in ("cuda", "xpu") and _triton_works(device.type, device.index):
         return "triton"
     return "eager"
 
 
+_NO_CHANGE = nullcontext()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` the current one while kernels are launched: Triton launches on the current GPU, wherever its operands are.
+
+    Models spread over several GPUs call ops on all of them without changing the current one.
+    """
+    # compiled code looks after this itself
+    if device.type not in ("cuda", "xpu") or torch.compiler.is_compiling():
+        return _NO_CHANGE
+    module = torch.cuda if device.type == "cuda" else torch.xpu
+    return _NO_CHANGE if device.index == module.current_device() else module.device(device)
+
+
+def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = None) -> bool:
+    """Whether a Triton op leaves a call to the eager one: no elements, or something its kernels do not take, said once.
+
+    They compute in fp32, and hold at most LARGEST_STATE states.
+    """
+    if x.numel() == 0 or state_size == 0:
+        return True
+    reason = None
+    if any(value is not None and value.dtype == torch.float64 for value in (x, *others)):
+        reason = "fp64 operands"
+    elif state_size is not None and state_size > LARGEST_STATE:
+        reason = f"states of more than {LARGEST_STATE}"
+    if reason is None:
+        return False
+    if not torch.compiler.is_compiling():
+        warn_once(
+            f"mamba_kernels: the Triton kernels do not take {reason}; those run as plain torch, which is slower."
+        )
+    return True
+
+
+# a constant to torch.compile, which cannot look into it
+@torch.compiler.assume_constant_result
 @cache
 def _triton_works(device_type: str, index: int | None) -> bool:
     """Whether Triton kernels run on a device; warns with the reason and the cure if they do not."""

@@ -18,13 +18,43 @@ def _inverse_rms(value: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean square + eps) over the last dimension of `value`, (…, 1)."""
     # the vector norm reads its input once and keeps no squared copy of it
     norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
-    return torch.rsqrt(norm.square() / max(value.shape[-1], 1) + eps)
+    # in place, since on the single row of a decoding step every new tensor costs as much as the sum
+    return norm.square_().div_(max(value.shape[-1], 1)).add_(eps).rsqrt_()
 
 
 def _norm_backward(dnormed: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
     """Gradient of `value` where normed = value · inverse; all (…, D), `inverse` (…, 1)."""
     projection = (dnormed * normed).mean(dim=-1, keepdim=True)
     return torch.addcmul(dnormed, normed, projection, value=-1).mul_(inverse)
+
+
+def _wants_gradient(*values: Tensor | None) -> bool:
+    """Whether an `autograd.Function` is needed; without gradients it would only cost time."""
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
+    value = x.to(_accumulator(x))
+    y = (value * _inverse_rms(value, eps)).to(out_dtype)
+    return y if weight is None else (y * weight).to(out_dtype)
+
+
+def _rms_norm_gated(
+    x: Tensor, weight: Tensor | None, z: Tensor, eps: float, group_size: int, norm_before_gate: bool
+) -> Tensor:
+    dtype = _accumulator(x)
+    value = x.to(dtype)
+    gate = torch.nn.functional.silu(z.to(dtype))
+    if not norm_before_gate:
+        value = value * gate
+    groups = value.unflatten(-1, (-1, group_size))
+    y = (groups * _inverse_rms(groups, eps)).flatten(-2)
+    if norm_before_gate:
+        if weight is not None:
+            y = y * weight.to(dtype)
+        return (y * gate).to(x.dtype)
+    y = y.to(x.dtype)
+    return y if weight is None else (y * weight).to(x.dtype)
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -34,9 +64,7 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.out_dtype = eps, out_dtype
-        value = x.to(_accumulator(x))
-        y = (value * _inverse_rms(value, eps)).to(out_dtype)
-        return y if weight is None else (y * weight).to(out_dtype)
+        return _rms_norm(x, weight, eps, out_dtype)
 
     @staticmethod
     @first_order_only("rms_norm")
@@ -64,19 +92,7 @@ class GatedRMSNormFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, z)
         ctx.eps, ctx.group_size, ctx.norm_before_gate = eps, group_size, norm_before_gate
-        dtype = _accumulator(x)
-        value = x.to(dtype)
-        gate = torch.nn.functional.silu(z.to(dtype))
-        if not norm_before_gate:
-            value = value * gate
-        groups = value.unflatten(-1, (-1, group_size))
-        y = (groups * _inverse_rms(groups, eps)).flatten(-2)
-        if norm_before_gate:
-            if weight is not None:
-                y = y * weight.to(dtype)
-            return (y * gate).to(x.dtype)
-        y = y.to(x.dtype)
-        return y if weight is None else (y * weight).to(x.dtype)
+        return _rms_norm_gated(x, weight, z, eps, group_size, norm_before_gate)
 
     @staticmethod
     @first_order_only("rms_norm_gated")
@@ -109,9 +125,18 @@ class GatedRMSNormFunction(torch.autograd.Function):
         return dvalue.to(x.dtype), dweight, dz.to(z.dtype), None, None, None
 
 
+def _normed(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
+    if _wants_gradient(x, weight):
+        return RMSNormFunction.apply(x, weight, eps, out_dtype)
+    if x.shape[-1] and x.dtype == out_dtype == _accumulator(x) and (weight is None or weight.dtype == x.dtype):
+        # nothing is rounded on the way, so torch's own norm is the same, in one call
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    return _rms_norm(x, weight, eps, out_dtype)
+
+
 def rms_norm_eager(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
     """`rms_norm` without its argument checks."""
-    return RMSNormFunction.apply(x, weight, eps, x.dtype)
+    return _normed(x, weight, eps, x.dtype)
 
 
 def add_rms_norm_eager(
@@ -128,7 +153,7 @@ def add_rms_norm_eager(
         # type promotion alone would add bf16 to fp16 or bf16 to bf16 outside fp32
         dtype = torch.promote_types(_accumulator(x), residual.dtype)
         total = (x.to(dtype) + residual.to(dtype)).to(residual_dtype)
-    return RMSNormFunction.apply(total, weight, eps, x.dtype), total
+    return _normed(total, weight, eps, x.dtype), total
 
 
 def rms_norm_gated_eager(
@@ -142,9 +167,10 @@ def rms_norm_gated_eager(
     """`rms_norm_gated` without its argument checks."""
     if z is None:
         if group_size == x.shape[-1]:
-            return RMSNormFunction.apply(x, weight, eps, x.dtype)
+            return _normed(x, weight, eps, x.dtype)
         split = x.unflatten(-1, (-1, group_size))
         if weight is None:
-            return RMSNormFunction.apply(split, None, eps, x.dtype).flatten(-2)
-        return (RMSNormFunction.apply(split, None, eps, x.dtype).flatten(-2) * weight).to(x.dtype)
-    return GatedRMSNormFunction.apply(x, weight, z, eps, group_size, norm_before_gate)
+            return _normed(split, None, eps, x.dtype).flatten(-2)
+        return (_normed(split, None, eps, x.dtype).flatten(-2) * weight).to(x.dtype)
+    run = GatedRMSNormFunction.apply if _wants_gradient(x, weight, z) else _rms_norm_gated
+    return run(x, weight, z, eps, group_size, norm_before_gate)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOAT_DTYPES, check_dtype, check_same_device, check_shape, check_tensor
-from ..dispatch import select
+from ..dispatch import on_device, select
 from .eager import add_rms_norm_eager, rms_norm_eager, rms_norm_gated_eager
 from .reference import add_rms_norm_ref, rms_norm_gated_ref, rms_norm_ref
 
@@ -53,7 +53,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
         tensor([[0.8485, 1.1314]])
     """
     _check_input("rms_norm", x, weight)
-    if select("rms_norm", x.device) == "reference":
+    name = select("rms_norm", x.device)
+    if name == "triton":
+        from .triton_norm import rms_norm_triton
+
+        with on_device(x.device):
+            return rms_norm_triton(x, weight, eps)
+    if name == "reference":
         return rms_norm_ref(x, weight, eps)
     return rms_norm_eager(x, weight, eps)
 
@@ -96,7 +102,13 @@ def add_rms_norm(
         raise TypeError(f"add_rms_norm: `residual_dtype` must be a floating dtype, got {residual_dtype}.")
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
-    if select("add_rms_norm", x.device) == "reference":
+    name = select("add_rms_norm", x.device)
+    if name == "triton":
+        from .triton_norm import add_rms_norm_triton
+
+        with on_device(x.device):
+            return add_rms_norm_triton(x, residual, weight, eps, residual_dtype)
+    if name == "reference":
         return add_rms_norm_ref(x, residual, weight, eps, residual_dtype)
     return add_rms_norm_eager(x, residual, weight, eps, residual_dtype)
 
@@ -142,6 +154,12 @@ def rms_norm_gated(
         group_size = max(width, 1)
     if not isinstance(group_size, int) or group_size < 1 or width % group_size:
         raise ValueError(f"rms_norm_gated: `group_size` must divide the width {width} of `x`, got {group_size}.")
-    if select("rms_norm_gated", x.device) == "reference":
+    name = select("rms_norm_gated", x.device)
+    if name == "triton":
+        from .triton_norm import rms_norm_gated_triton
+
+        with on_device(x.device):
+            return rms_norm_gated_triton(x, weight, z, eps, group_size, norm_before_gate)
+    if name == "reference":
         return rms_norm_gated_ref(x, weight, z, eps, group_size, norm_before_gate)
     return rms_norm_gated_eager(x, weight, z, eps, group_size, norm_before_gate)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..checks import check_dtype, check_same_device, check_shape, check_tensor
-from ..dispatch import select
+from ..dispatch import on_device, select
 from ..packing import check_packing
 from .eager import selective_scan_eager
 from .reference import selective_scan_ref
@@ -127,18 +127,19 @@ def selective_scan(
         from .triton_scan import selective_scan_triton as implementation
     else:
         implementation = selective_scan_ref if name == "reference" else selective_scan_eager
-    return implementation(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        cu_seqlens=cu_seqlens,
-        return_final_states=return_final_states,
-    )
+    with on_device(x.device):
+        return implementation(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_states=return_final_states,
+        )

@@ -25,6 +25,7 @@ from torch import Tensor
 
 __all__ = [
     "LOG2_E",
+    "TABLE_COLUMNS",
     "chunk_bounds",
     "chunk_states_kernel",
     "chunk_table",
@@ -48,6 +49,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 UNUSED = tl.constexpr(-1.0e30)
 # an exponent of 2 below which a weight is 0 in fp32
 UNDERFLOW = tl.constexpr(-127.0)
+
+# of `chunk_table`
+TABLE_COLUMNS = tl.constexpr(6)
 
 # bits of a token's flag
 RESET = tl.constexpr(1)
@@ -112,7 +116,7 @@ def silu_parts(z):
 def chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN: tl.constexpr):
     """Of a slot: its row, state index (-1: an unused slot), first token, end, and whether it starts and ends a sequence."""
     if VARLEN:
-        entry = table + slot * 4
+        entry = table + slot * TABLE_COLUMNS
         marks = tl.load(entry + 3)
         row = slot * 0
         state = tl.load(entry).to(tl.int64)
@@ -441,22 +445,25 @@ def _chunk_table_kernel(cu_seqlens, table, n_sequences, chunk, n_slots, BLOCK: t
     end = tl.minimum(start + chunk, stop)
     used = (index == 0) | (start < stop)
     marks = (index == 0).to(tl.int32) + 2 * (end == stop).to(tl.int32)
-    entry = table + slot * 4
+    entry = table + slot * TABLE_COLUMNS
     tl.store(entry, tl.where(used, low, -1), mask=mask)
     tl.store(entry + 1, start, mask=mask)
     tl.store(entry + 2, tl.where(used, end, start), mask=mask)
     tl.store(entry + 3, marks, mask=mask)
+    tl.store(entry + 4, begin, mask=mask)
+    tl.store(entry + 5, stop, mask=mask)
 
 
 def chunk_table(cu_seqlens: Tensor, length: int, chunk: int) -> Tensor:
-    """(slots, 4) int32: sequence (-1: unused), first token, end, and marks (1: starts, 2: ends its sequence) of each chunk.
+    """(slots, 6) int32: sequence (-1: unused), first token, end, and marks (1: starts, 2: ends its sequence) of each chunk, and
+    where its sequence begins and ends.
 
     No chunk holds tokens of two sequences. Sequence s gets the slots from cu_seqlens[s] // chunk + s on, so that the number of
     slots, length // chunk + n, is known without a look at the device.
     """
     n_sequences = cu_seqlens.shape[0] - 1
     n_slots = length // chunk + n_sequences
-    table = torch.empty((n_slots, 4), dtype=torch.int32, device=cu_seqlens.device)
+    table = torch.empty((n_slots, TABLE_COLUMNS.value), dtype=torch.int32, device=cu_seqlens.device)
     _chunk_table_kernel[(triton.cdiv(n_slots, 128),)](
         cu_seqlens,
         table,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import first_order_only
+from ..dispatch import left_to_eager
 from ..packing import resets_and_valid
 from .eager import selective_scan_eager
 from .triton_backward import scan_backward
@@ -13,11 +14,9 @@ from .triton_forward import ScanInputs, plan_of, scan_forward
 
 __all__ = ["SelectiveScanTritonFunction", "selective_scan_triton"]
 
-LARGEST_STATE = 256
-
 
 class SelectiveScanTritonFunction(torch.autograd.Function):
-    """The scan, differentiable once; `final_states` counts as a second output."""
+    """The scan, differentiable once. The second output is empty unless final states are asked for."""
 
     @staticmethod
     def forward(
@@ -35,25 +34,21 @@ class SelectiveScanTritonFunction(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         dt_softplus: bool,
         return_final_states: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         inputs = _inputs(x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, dt_softplus)
         plan = plan_of(inputs)
         y, final, table, starts = scan_forward(inputs, plan, True, return_final_states)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, table, starts)
-        ctx.dt_softplus = dt_softplus
-        ctx.set_materialize_grads(False)
-        return y, final
+        ctx.dt_softplus, ctx.return_final_states = dt_softplus, return_final_states
+        return y, y.new_empty(0) if final is None else final
 
     @staticmethod
     @first_order_only("selective_scan")
-    def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, table, starts = ctx.saved_tensors
         inputs = _inputs(x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, ctx.dt_softplus)
-        if grad_y is None:
-            grad_y = x.new_zeros(1, 1, 1).expand_as(x)
-        if grad_final is not None:
-            grad_final = grad_final.contiguous()
-        grads = scan_backward(inputs, plan_of(inputs), table, starts, grad_y, grad_final)
+        states = grad_final.contiguous() if ctx.return_final_states else None
+        grads = scan_backward(inputs, plan_of(inputs), table, starts, grad_y, states)
         likes = (x, dt, A, B, C, D, z, dt_bias, initial_states)
         return (
             *(None if g is None or v is None else g.to(v.dtype) for g, v in zip(grads, likes, strict=True)),
@@ -109,8 +104,7 @@ def selective_scan_triton(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_scan` in Triton; arguments as there, assumed to be checked. fp64, N > 256 and empty inputs run in eager."""
     floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
-    double = any(value is not None and value.dtype == torch.float64 for value in floats)
-    if double or x.numel() == 0 or not 0 < A.shape[1] <= LARGEST_STATE:
+    if left_to_eager(*floats, state_size=A.shape[1]):
         return selective_scan_eager(
             x,
             dt,

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from ..checks import check_dtype, check_same_device, check_shape, check_tensor
-from ..dispatch import select
+from ..dispatch import on_device, select
 from ..packing import check_packing
 from .eager import ssd_chunk_scan_eager
 from .reference import ssd_chunk_scan_ref
@@ -131,21 +131,28 @@ def ssd_chunk_scan(
         seq_idx=seq_idx,
         cu_seqlens=cu_seqlens,
     )
-    run = ssd_chunk_scan_ref if select(OP, x.device) == "reference" else ssd_chunk_scan_eager
-    return run(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size=chunk_size,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        cu_seqlens=cu_seqlens,
-        return_final_states=return_final_states,
-    )
+    name = select(OP, x.device)
+    if name == "triton":
+        from .triton_scan import ssd_chunk_scan_triton as run
+    elif name == "reference":
+        run = ssd_chunk_scan_ref
+    else:
+        run = ssd_chunk_scan_eager
+    with on_device(x.device):
+        return run(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size=chunk_size,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_states=return_final_states,
+        )

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_activation, check_dtype, check_same_device, check_shape, check_tensor
-from ..dispatch import select
+from ..dispatch import on_device, select
 from ..packing import INTEGER_DTYPES
+from ..signatures import once_per_signature
 from .eager import causal_conv1d_update_eager, selective_state_update_eager, ssd_state_update_eager
 from .reference import causal_conv1d_update_ref, selective_state_update_ref, ssd_state_update_ref
 
@@ -55,6 +56,113 @@ def _check_B_and_C(
         legend = legend.replace("G, ", "")
         check_shape(op, "B", B, (*lead, size), legend)
         check_shape(op, "C", C, (*lead, size), legend)
+
+
+@once_per_signature
+def _check_selective(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state_indices: Tensor | None,
+) -> None:
+    op = "selective_state_update"
+    required = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C}
+    optional = {"D": D, "z": z, "dt_bias": dt_bias}
+    _check_floats(op, "selective_scan", required, optional)
+    if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] == 0):
+        raise ValueError(f"{op}: `x` must have shape (B, D), or (B, T, D) with T >= 1, got {tuple(x.shape)}.")
+    channels, lead = x.shape[-1], tuple(x.shape[:-1])
+    legend = "(B, D)" if x.dim() == 2 else "(B, T, D)"
+    check_shape(op, "dt", dt, tuple(x.shape), legend)
+    check_shape(op, "A", A, (channels, None), "(D, N)")
+    check_shape(op, "state", state, (None, channels, A.shape[1]), "(S, D, N)")
+    _check_B_and_C(op, B, C, lead, A.shape[1], channels, grouped=B.dim() == len(lead) + 2)
+    for name, value in (("D", D), ("dt_bias", dt_bias)):
+        if value is not None:
+            check_shape(op, name, value, (channels,), "(D,)")
+    if z is not None:
+        check_dtype(op, "z", z, (x.dtype,))
+        check_shape(op, "z", z, tuple(x.shape), legend)
+    _check_rows(op, "state", state, x.shape[0], state_indices)
+    check_same_device(op, ("x", x), **required, **optional, state_indices=state_indices)
+
+
+@once_per_signature
+def _check_ssd(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    state_indices: Tensor | None,
+) -> None:
+    op = "ssd_state_update"
+    required = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C}
+    optional = {"D": D, "z": z, "dt_bias": dt_bias}
+    _check_floats(op, "ssd_chunk_scan", required, optional)
+    if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[1] == 0):
+        raise ValueError(f"{op}: `x` must have shape (B, H, P), or (B, T, H, P) with T >= 1, got {tuple(x.shape)}.")
+    (heads, head_dim), lead = x.shape[-2:], tuple(x.shape[:-2])
+    single = x.dim() == 3
+    check_shape(op, "dt", dt, (*lead, heads), "(B, H)" if single else "(B, T, H)")
+    check_shape(op, "A", A, (heads,), "(H,)")
+    check_shape(op, "state", state, (None, heads, head_dim, None), "(S, H, P, N)")
+    _check_B_and_C(op, B, C, lead, state.shape[3], heads, grouped=True)
+    if D is not None:
+        if D.dim() == 2:
+            check_shape(op, "D", D, (heads, head_dim), "(H, P)")
+        else:
+            check_shape(op, "D", D, (heads,), "(H,)")
+    if dt_bias is not None:
+        check_shape(op, "dt_bias", dt_bias, (heads,), "(H,)")
+    if z is not None:
+        check_dtype(op, "z", z, (x.dtype,))
+        check_shape(op, "z", z, tuple(x.shape), "(B, H, P)" if single else "(B, T, H, P)")
+    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"{op}: `dt_limit` must be (smallest, largest) with smallest <= largest, got {dt_limit}.")
+    _check_rows(op, "state", state, x.shape[0], state_indices)
+    check_same_device(op, ("x", x), **required, **optional, state_indices=state_indices)
+
+
+@once_per_signature
+def _check_conv(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state_indices: Tensor | None,
+) -> None:
+    op = "causal_conv1d_update"
+    required = {"x": x, "conv_state": conv_state, "weight": weight}
+    _check_floats(op, "causal_conv1d", required, {"bias": bias})
+    check_activation(op, activation)
+    if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] == 0):
+        raise ValueError(f"{op}: `x` must have shape (B, D), or (B, T, D) with T >= 1, got {tuple(x.shape)}.")
+    channels = x.shape[-1]
+    check_shape(op, "weight", weight, (channels, None), "(D, W)")
+    if weight.shape[1] == 0:
+        raise ValueError(f"{op}: `weight` must have shape (D, W) with W >= 1, got {tuple(weight.shape)}.")
+    check_shape(op, "conv_state", conv_state, (None, channels, None), "(S, D, K)")
+    if conv_state.shape[2] < weight.shape[1] - 1:
+        raise ValueError(
+            f"{op}: `conv_state` must keep at least W - 1 = {weight.shape[1] - 1} tokens, got {conv_state.shape[2]}."
+        )
+    if bias is not None:
+        check_shape(op, "bias", bias, (channels,), "(D,)")
+    _check_rows(op, "conv_state", conv_state, x.shape[0], state_indices)
+    check_same_device(op, ("x", x), conv_state=conv_state, weight=weight, bias=bias, state_indices=state_indices)
 
 
 def selective_state_update(
@@ -108,41 +216,27 @@ def selective_state_update(
         torch.Size([2, 6])
     """
     op = "selective_state_update"
-    required = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C}
-    optional = {"D": D, "z": z, "dt_bias": dt_bias}
-    _check_floats(op, "selective_scan", required, optional)
-    if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] == 0):
-        raise ValueError(f"{op}: `x` must have shape (B, D), or (B, T, D) with T >= 1, got {tuple(x.shape)}.")
-    channels, lead = x.shape[-1], tuple(x.shape[:-1])
-    legend = "(B, D)" if x.dim() == 2 else "(B, T, D)"
-    check_shape(op, "dt", dt, tuple(x.shape), legend)
-    check_shape(op, "A", A, (channels, None), "(D, N)")
-    check_shape(op, "state", state, (None, channels, A.shape[1]), "(S, D, N)")
-    _check_B_and_C(op, B, C, lead, A.shape[1], channels, grouped=B.dim() == len(lead) + 2)
-    for name, value in (("D", D), ("dt_bias", dt_bias)):
-        if value is not None:
-            check_shape(op, name, value, (channels,), "(D,)")
-    if z is not None:
-        check_dtype(op, "z", z, (x.dtype,))
-        check_shape(op, "z", z, tuple(x.shape), legend)
-    _check_rows(op, "state", state, x.shape[0], state_indices)
-    check_same_device(op, ("x", x), **required, **optional, state_indices=state_indices)
-    reference = select(op, x.device) == "reference"
-    implementation = selective_state_update_ref if reference else selective_state_update_eager
-    return implementation(
-        state,
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        state_indices=state_indices,
-        return_step_states=return_step_states,
-    )
+    _check_selective(state, x, dt, A, B, C, D, z, dt_bias, state_indices)
+    name = select(op, x.device)
+    if name == "triton":
+        from .triton_selective import selective_state_update_triton as implementation
+    else:
+        implementation = selective_state_update_ref if name == "reference" else selective_state_update_eager
+    with on_device(x.device):
+        return implementation(
+            state,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            state_indices=state_indices,
+            return_step_states=return_step_states,
+        )
 
 
 def ssd_state_update(
@@ -197,47 +291,28 @@ def ssd_state_update(
         torch.Size([2, 3, 8])
     """
     op = "ssd_state_update"
-    required = {"x": x, "state": state, "dt": dt, "A": A, "B": B, "C": C}
-    optional = {"D": D, "z": z, "dt_bias": dt_bias}
-    _check_floats(op, "ssd_chunk_scan", required, optional)
-    if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[1] == 0):
-        raise ValueError(f"{op}: `x` must have shape (B, H, P), or (B, T, H, P) with T >= 1, got {tuple(x.shape)}.")
-    (heads, head_dim), lead = x.shape[-2:], tuple(x.shape[:-2])
-    single = x.dim() == 3
-    check_shape(op, "dt", dt, (*lead, heads), "(B, H)" if single else "(B, T, H)")
-    check_shape(op, "A", A, (heads,), "(H,)")
-    check_shape(op, "state", state, (None, heads, head_dim, None), "(S, H, P, N)")
-    _check_B_and_C(op, B, C, lead, state.shape[3], heads, grouped=True)
-    if D is not None:
-        if D.dim() == 2:
-            check_shape(op, "D", D, (heads, head_dim), "(H, P)")
-        else:
-            check_shape(op, "D", D, (heads,), "(H,)")
-    if dt_bias is not None:
-        check_shape(op, "dt_bias", dt_bias, (heads,), "(H,)")
-    if z is not None:
-        check_dtype(op, "z", z, (x.dtype,))
-        check_shape(op, "z", z, tuple(x.shape), "(B, H, P)" if single else "(B, T, H, P)")
-    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
-        raise ValueError(f"{op}: `dt_limit` must be (smallest, largest) with smallest <= largest, got {dt_limit}.")
-    _check_rows(op, "state", state, x.shape[0], state_indices)
-    check_same_device(op, ("x", x), **required, **optional, state_indices=state_indices)
-    implementation = ssd_state_update_ref if select(op, x.device) == "reference" else ssd_state_update_eager
-    return implementation(
-        state,
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        dt_limit=(float(dt_limit[0]), float(dt_limit[1])),
-        state_indices=state_indices,
-        return_step_states=return_step_states,
-    )
+    _check_ssd(state, x, dt, A, B, C, D, z, dt_bias, dt_limit, state_indices)
+    name = select(op, x.device)
+    if name == "triton":
+        from .triton_ssd import ssd_state_update_triton as implementation
+    else:
+        implementation = ssd_state_update_ref if name == "reference" else ssd_state_update_eager
+    with on_device(x.device):
+        return implementation(
+            state,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=(float(dt_limit[0]), float(dt_limit[1])),
+            state_indices=state_indices,
+            return_step_states=return_step_states,
+        )
 
 
 def causal_conv1d_update(
@@ -278,24 +353,7 @@ def causal_conv1d_update(
         torch.Size([2, 6])
     """
     op = "causal_conv1d_update"
-    required = {"x": x, "conv_state": conv_state, "weight": weight}
-    _check_floats(op, "causal_conv1d", required, {"bias": bias})
-    check_activation(op, activation)
-    if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] == 0):
-        raise ValueError(f"{op}: `x` must have shape (B, D), or (B, T, D) with T >= 1, got {tuple(x.shape)}.")
-    channels = x.shape[-1]
-    check_shape(op, "weight", weight, (channels, None), "(D, W)")
-    if weight.shape[1] == 0:
-        raise ValueError(f"{op}: `weight` must have shape (D, W) with W >= 1, got {tuple(weight.shape)}.")
-    check_shape(op, "conv_state", conv_state, (None, channels, None), "(S, D, K)")
-    if conv_state.shape[2] < weight.shape[1] - 1:
-        raise ValueError(
-            f"{op}: `conv_state` must keep at least W - 1 = {weight.shape[1] - 1} tokens, got {conv_state.shape[2]}."
-        )
-    if bias is not None:
-        check_shape(op, "bias", bias, (channels,), "(D,)")
-    _check_rows(op, "conv_state", conv_state, x.shape[0], state_indices)
-    check_same_device(op, ("x", x), conv_state=conv_state, weight=weight, bias=bias, state_indices=state_indices)
+    _check_conv(x, conv_state, weight, bias, activation, state_indices)
     reference = select(op, x.device) == "reference"
     implementation = causal_conv1d_update_ref if reference else causal_conv1d_update_eager
     return implementation(

@@ -1,0 +1,54 @@
+"""Argument checks that are made once for arguments of the same kind, since in decoding they cost as much as the work."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["once_per_signature"]
+
+# a program meets a handful of signatures; one that meets endless ones checks again and keeps little
+MAX_SIGNATURES = 4096
+
+Check = Callable[..., None]
+
+
+def once_per_signature(check: Check) -> Check:
+    """Decorator for a check that reads nothing of its tensors but type, shape, dtype, device and `requires_grad`.
+
+    Arguments go by position. The check runs in full until it has passed for such arguments; everything that is no tensor
+    counts by its value. Whether gradients are enabled is part of the signature.
+    """
+    passed: set[Any] = set()
+
+    @wraps(check)
+    def wrapper(*arguments: Any) -> None:
+        if torch.compiler.is_compiling():
+            check(*arguments)
+            return
+        signature = (
+            torch.is_grad_enabled(),
+            *[
+                (value.shape, value.dtype, value.device, value.requires_grad)
+                if isinstance(value, Tensor)
+                # the type too: 1, 1.0 and True are equal
+                else (type(value), value)
+                for value in arguments
+            ],
+        )
+        try:
+            known = signature in passed
+        except TypeError:
+            # something unhashable, such as a list
+            check(*arguments)
+            return
+        if known:
+            return
+        check(*arguments)
+        if len(passed) >= MAX_SIGNATURES:
+            passed.clear()
+        passed.add(signature)
+
+    return wrapper

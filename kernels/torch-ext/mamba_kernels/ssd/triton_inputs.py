@@ -1,0 +1,327 @@
+"""Gradients of x, dt, A, D, z and dt_bias of the SSD scan: blocks and heads one by one.
+
+Pairs of tokens are worked on transposed, as (s, q), so that the weights go from one product into the next in registers::
+
+    dx[s] = dt[s] (Σ_q inside[q, s] (C[q]·B[s]) dy[q]  +  to_end[s] B[s] dhᵀ)  +  D dy[s]
+
+A step counts as a factor of its input and in the exponents: `a[t]` stands in every pair s < t <= q, in the output of every
+q >= t, in the input of every s < t and in `carry`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_common import (
+    LOG2_E,
+    Operands,
+    Plan,
+    Tuning,
+    block_decays,
+    inside_decays,
+    load_rows,
+    marks_of_block,
+    product,
+    segment_of_program,
+    silu_parts,
+    softplus,
+    ssd_kernel,
+    state_offsets,
+    steps_of_block,
+    strides_of,
+)
+from .triton_projections import ProjectionGradients
+
+__all__ = ["InputGradients", "launch_inputs"]
+
+INPUTS, INPUTS_FP32 = Tuning(warps=4, stages=1), Tuning(warps=8, stages=1)
+# heads that share the products of B and C
+HEADS_OF_PROGRAM = 4
+
+
+class InputGradients(NamedTuple):
+    """Gradients of the operands that belong to heads; those of A, D and dt_bias in fp32."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+
+
+@ssd_kernel
+def _ssd_bwd_kernel(
+    x,
+    dy,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    marks,
+    table,
+    entering,
+    leaving,
+    by_output,
+    by_carry,
+    dx,
+    ddt,
+    dz,
+    sums,
+    stride_x_b,
+    stride_x_t,
+    stride_x_h,
+    stride_dy_b,
+    stride_dy_t,
+    stride_dy_h,
+    stride_z_b,
+    stride_z_t,
+    stride_z_h,
+    stride_dt_b,
+    stride_dt_t,
+    stride_dt_h,
+    stride_B_b,
+    stride_B_t,
+    stride_B_g,
+    stride_C_b,
+    stride_C_t,
+    stride_C_g,
+    low,
+    high,
+    length,
+    n_blocks,
+    heads_of_program,
+    part_of_tokens,
+    part_of_blocks,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    NB: tl.constexpr,
+    PB: tl.constexpr,
+    Q: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    MARKS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    NS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    D_PER_CHANNEL: tl.constexpr,
+):
+    """Gradients of x, dt and z in a block of tokens, `heads_of_program` heads of a group.
+
+    sums (blocks, H, 2 + (1 or P)): each block's share of the gradients of A, dt_bias and D.
+    """
+    BLOCKS: tl.constexpr = (P + PB - 1) // PB
+    WIDTH: tl.constexpr = 2 + (P if D_PER_CHANNEL else 1)
+    HEADS: tl.constexpr = H // G
+    parts = tl.cdiv(HEADS, heads_of_program)
+    pid = tl.program_id(0).to(tl.int64)
+    part = pid % parts
+    group = (pid // parts) % G
+    slot = pid // (parts * G)
+    row, sequence, start, end, _index, _after, _first_block = segment_of_program(
+        table, slot, length, Q, n_blocks, n_blocks, Q, VARLEN
+    )
+    if (sequence < 0) | (start >= end):
+        return
+    first_head = (group * HEADS + part * heads_of_program).to(tl.int32)
+    last_head = tl.minimum(first_head + heads_of_program, ((group + 1) * HEADS).to(tl.int32))
+
+    i = tl.arange(0, Q)
+    t64 = start + tl.full((), 0, tl.int64)
+    token = row * length + t64
+    real, number, seq_before, seq_last = marks_of_block(marks + row * length, start, end, Q, MARKS)
+    inside = start + i < end
+    x += row * stride_x_b + t64 * stride_x_t
+    dy += row * stride_dy_b + t64 * stride_dy_t
+    z += row * stride_z_b + t64 * stride_z_t
+    dt += row * stride_dt_b + t64 * stride_dt_t
+    dx += token * (H * P)
+    dz += token * (H * P)
+    ddt += token * H
+    by_output += token * H
+    by_carry += slot * H
+    B += row * stride_B_b + t64 * stride_B_t + group * stride_B_g
+    C += row * stride_C_b + t64 * stride_C_t + group * stride_C_g
+    b_B = load_rows(B, stride_B_t, real, 0, N, NB, Q).to(DTYPE)
+    b_C = load_rows(C, stride_C_t, real, 0, N, NB, Q).to(DTYPE)
+    similarity = product(b_B, tl.trans(b_C), PRECISION)
+    for head in range(first_head, last_head):
+        wide_head = head + tl.full((), 0, tl.int64)
+        rate = tl.load(A + head).to(tl.float32)
+        bias = 0.0
+        if HAS_BIAS:
+            bias = tl.load(dt_bias + head).to(tl.float32)
+        step, raw = steps_of_block(
+            dt + wide_head * stride_dt_h, stride_dt_t, real, bias, low, high, Q, SOFTPLUS, CLAMP
+        )
+        cum, rest, from_start, to_end, carry = block_decays(
+            step * (rate * LOG2_E), number, seq_before, seq_last, EXACT, MARKS
+        )
+        weights = similarity * inside_decays(cum, rest, number, Q, EXACT, MARKS, True)
+        scores = weights.to(DTYPE)
+        through_output = tl.zeros((Q,), tl.float32)
+        through_carry = 0.0
+        for states in tl.static_range(NB // NS):
+            through_output += tl.load(by_output + states * part_of_tokens + i * H + head, mask=inside, other=0.0)
+            through_carry += tl.load(by_carry + states * part_of_blocks + head)
+        dpairs = tl.zeros((Q, Q), tl.float32)
+        through_input = tl.zeros((Q,), tl.float32)
+        b_dD = 0.0
+        for block in tl.static_range(BLOCKS):
+            p = block * PB + tl.arange(0, PB)
+            columns = i[:, None] * (H * P) + p[None, :]
+            to_store = inside[:, None] & (p < P)[None, :]
+            b_x = load_rows(x + wide_head * stride_x_h, stride_x_t, real, block * PB, P, PB, Q)
+            b_dy = load_rows(dy + wide_head * stride_dy_h, stride_dy_t, real, block * PB, P, PB, Q)
+            offsets, mask = state_offsets(slot, head, block * PB, H, P, N, PB, NB)
+            if HAS_D:
+                if D_PER_CHANNEL:
+                    skip = tl.load(D + head * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+                else:
+                    skip = tl.load(D + head).to(tl.float32)
+            if HAS_Z:
+                b_z = load_rows(z + wide_head * stride_z_h, stride_z_t, real, block * PB, P, PB, Q).to(tl.float32)
+                silu, sigmoid = silu_parts(b_z)
+                state = tl.load(entering + offsets, mask=mask, other=0.0)
+                b_y = product(b_C, tl.trans(state), PRECISION) * from_start[:, None]
+                u = (b_x.to(tl.float32) * step[:, None]).to(DTYPE)
+                b_y += product(tl.trans(scores), u, PRECISION)
+                if HAS_D:
+                    b_y += skip * b_x.to(tl.float32)
+                wide_dy = b_dy.to(tl.float32)
+                b_dz = wide_dy * b_y * (sigmoid + silu * (1.0 - sigmoid))
+                tl.store(dz + wide_head * P + columns, b_dz, mask=to_store)
+                b_dy = (wide_dy * silu).to(b_dy.dtype)
+            dpairs += product(b_x.to(DTYPE), tl.trans(b_dy.to(DTYPE)), PRECISION)
+            dstate = tl.load(leaving + offsets, mask=mask, other=0.0)
+            du = product(b_B, tl.trans(dstate), PRECISION) * to_end[:, None]
+            wide_x = b_x.to(tl.float32)
+            through_input += tl.sum(wide_x * du, 1)
+            du += product(scores, b_dy.to(DTYPE), PRECISION)
+            b_dx = du * step[:, None]
+            if HAS_D:
+                wide_dy = b_dy.to(tl.float32)
+                b_dx += skip * wide_dy
+                if D_PER_CHANNEL:
+                    share = tl.sum(wide_dy * wide_x, 0)
+                    tl.store(sums + (slot * H + head) * WIDTH + 2 + p, share, mask=p < P)
+                else:
+                    b_dD += tl.sum(tl.sum(wide_dy * wide_x, 1), 0)
+            tl.store(dx + wide_head * P + columns, b_dx, mask=to_store)
+        # the gradient of the weights times the weights: what a step does as a factor, and times the step, as an exponent
+        dpairs *= weights
+        dstep = tl.sum(dpairs, 1) + through_input
+        through_input *= step
+        if EXACT:
+            later = (i[:, None] >= i[None, :]).to(DTYPE)
+            earlier = i[:, None] < i[None, :]
+            da = tl.sum(tl.where(earlier, product(dpairs * step[:, None], later, PRECISION), 0.0), 0)
+            da += tl.sum(tl.where(earlier, through_input[:, None], 0.0), 0)
+            da += tl.sum(tl.where(i[:, None] >= i[None, :], through_output[:, None], 0.0), 0)
+        else:
+            # pairs s < t <= q as those with q >= t less those with s >= t; a pair s = q is in neither or in both
+            dpairs *= step[:, None]
+            difference = tl.sum(dpairs, 0) - tl.sum(dpairs, 1) + through_output - through_input
+            da = tl.sum(through_input, 0) + tl.cumsum(difference, 0, reverse=True)
+        da += carry * through_carry
+        dstep += da * rate
+        dstep = tl.where(real, dstep, 0.0)
+        dA = tl.sum(tl.where(real, da * step, 0.0), 0)
+        if CLAMP:
+            limited = raw
+            if SOFTPLUS:
+                limited = softplus(raw)
+            dstep = tl.where((limited >= low) & (limited <= high), dstep, 0.0)
+        if SOFTPLUS:
+            dstep *= 1.0 / (1.0 + tl.exp2(-raw * LOG2_E))
+        tl.store(ddt + i * H + head, dstep, mask=inside)
+        share_of_block = sums + (slot * H + head) * WIDTH
+        tl.store(share_of_block, dA)
+        tl.store(share_of_block + 1, tl.sum(dstep, 0))
+        if not D_PER_CHANNEL:
+            tl.store(share_of_block + 2, b_dD)
+
+
+def launch_inputs(
+    operands: Operands,
+    plan: Plan,
+    table: Tensor | None,
+    grad_y: Tensor,
+    entering: Tensor,
+    leaving: Tensor,
+    projections: ProjectionGradients,
+) -> InputGradients:
+    """The gradients from `entering` and `leaving` (blocks, H, P, N); `table` cuts packed sequences in blocks."""
+    x, D, z = operands.x, operands.D, operands.z
+    meta = plan.meta(operands)
+    blocks = entering.shape[0]
+    heads = plan.heads // plan.groups
+    heads_of_program = min(heads, HEADS_OF_PROGRAM)
+    parts = triton.cdiv(heads, heads_of_program)
+    shape = (plan.batch, plan.length, plan.heads, plan.head_dim)
+    dx = torch.empty(shape, dtype=x.dtype, device=x.device)
+    dz = None if z is None else torch.empty(shape, dtype=z.dtype, device=x.device)
+    ddt = torch.empty(shape[:3], dtype=operands.dt.dtype, device=x.device)
+    per_channel = D is not None and D.dim() == 2
+    width = 2 + (plan.head_dim if per_channel else 1)
+    # with packed sequences some slots stay unused
+    fill = torch.empty if table is None else torch.zeros
+    sums = fill((blocks, plan.heads, width), dtype=torch.float32, device=x.device)
+    placeholder = operands.A
+    tuning = INPUTS_FP32 if plan.dtype == torch.float32 else INPUTS
+    _ssd_bwd_kernel[(blocks * plan.groups * parts,)](
+        x,
+        grad_y,
+        operands.dt,
+        operands.A,
+        operands.B,
+        operands.C,
+        placeholder if D is None else D,
+        x if z is None else z,
+        placeholder if operands.dt_bias is None else operands.dt_bias,
+        placeholder if operands.marks is None else operands.marks,
+        # the tracer takes the table for written, as addresses come from it
+        dx if table is None else table,
+        entering,
+        leaving,
+        projections.by_output,
+        projections.by_carry,
+        dx,
+        ddt,
+        dx if dz is None else dz,
+        sums,
+        *strides_of(operands, grad_y),
+        *operands.dt_limit or (0.0, 0.0),
+        plan.length,
+        plan.n_blocks,
+        heads_of_program,
+        projections.by_output.stride(0),
+        projections.by_carry.stride(0),
+        **meta,
+        NS=meta["NB"] // projections.by_carry.shape[0],
+        HAS_D=D is not None,
+        D_PER_CHANNEL=per_channel,
+        **tuning.options(),
+    )
+    totals = sums.sum(0)
+    return InputGradients(
+        x=dx,
+        dt=ddt,
+        A=totals[:, 0],
+        D=None if D is None else totals[:, 2:] if per_channel else totals[:, 2],
+        z=dz,
+        dt_bias=None if operands.dt_bias is None else totals[:, 1],
+    )

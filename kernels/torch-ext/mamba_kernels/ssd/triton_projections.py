@@ -1,0 +1,261 @@
+"""Gradients of B and C of the SSD scan: blocks one by one, over the heads of a group.
+
+With the names of `triton_backward`, summed over heads::
+
+    dC[q] = from_start[q] dy[q] h  +  Σ_s inside[q, s] dt[s] (dy[q]·x[s]) B[s]
+    dB[s] = dt[s] to_end[s] x[s] dh  +  Σ_q inside[q, s] dt[s] (dy[q]·x[s]) C[q]
+
+Factors of a token are put on afterwards, so that products see the operands as they are.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_common import (
+    LOG2_E,
+    Operands,
+    Plan,
+    Tuning,
+    block_decays,
+    inside_decays,
+    load_gradient,
+    load_rows,
+    marks_of_block,
+    product,
+    segment_of_program,
+    ssd_kernel,
+    steps_of_block,
+    strides_of,
+)
+
+__all__ = ["ProjectionGradients", "launch_projections"]
+
+PROJECTIONS, PROJECTIONS_FP32 = Tuning(warps=8, stages=2), Tuning(warps=8, stages=1)
+# programs that fill a large GPU; heads of a group are spread over several programs to get there
+TARGET_PROGRAMS = 264
+# most states of a program
+LARGEST_PART = 128
+
+
+class ProjectionGradients(NamedTuple):
+    """dB and dC (B, L, G, N), and what the kernel found on its way for the gradients of the steps."""
+
+    B: Tensor
+    C: Tensor
+    by_output: Tensor  # (parts of N, B, L, H)
+    by_carry: Tensor  # (parts of N, blocks, H)
+
+
+@ssd_kernel
+def _ssd_bwd_projections_kernel(
+    x,
+    dy,
+    dt,
+    A,
+    B,
+    C,
+    z,
+    dt_bias,
+    marks,
+    table,
+    entering,
+    leaving,
+    dB,
+    dC,
+    by_output,
+    by_carry,
+    stride_x_b,
+    stride_x_t,
+    stride_x_h,
+    stride_dy_b,
+    stride_dy_t,
+    stride_dy_h,
+    stride_z_b,
+    stride_z_t,
+    stride_z_h,
+    stride_dt_b,
+    stride_dt_t,
+    stride_dt_h,
+    stride_B_b,
+    stride_B_t,
+    stride_B_g,
+    stride_C_b,
+    stride_C_t,
+    stride_C_g,
+    low,
+    high,
+    length,
+    n_blocks,
+    heads_of_program,
+    part_of_projection,
+    part_of_tokens,
+    part_of_blocks,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    NB: tl.constexpr,
+    PB: tl.constexpr,
+    Q: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    MARKS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    NS: tl.constexpr,
+):
+    """Gradients of B and C in a block of tokens, NS states of them, from `heads_of_program` heads of a group.
+
+    dB, dC: (parts, B, L, G, N), a part from each program of a group. For the steps it leaves by_output (N / NS, B, L, H), the
+    output's gradient in the exponent of from_start, and by_carry (N / NS, blocks, H), that of carry.
+    """
+    BLOCKS: tl.constexpr = (P + PB - 1) // PB
+    STATES: tl.constexpr = NB // NS
+    HEADS: tl.constexpr = H // G
+    parts = tl.cdiv(HEADS, heads_of_program)
+    pid = tl.program_id(0).to(tl.int64)
+    states = pid % STATES
+    part = (pid // STATES) % parts
+    group = (pid // (STATES * parts)) % G
+    slot = pid // (STATES * parts * G)
+    row, sequence, start, end, _index, _after, _first_block = segment_of_program(
+        table, slot, length, Q, n_blocks, n_blocks, Q, VARLEN
+    )
+    if (sequence < 0) | (start >= end):
+        return
+    first_head = (group * HEADS + part * heads_of_program).to(tl.int32)
+    last_head = tl.minimum(first_head + heads_of_program, ((group + 1) * HEADS).to(tl.int32))
+    n0 = (states * NS).to(tl.int32)
+
+    i = tl.arange(0, Q)
+    n = n0 + tl.arange(0, NS)
+    t64 = start + tl.full((), 0, tl.int64)
+    token = row * length + t64
+    real, number, seq_before, seq_last = marks_of_block(marks + row * length, start, end, Q, MARKS)
+    inside = start + i < end
+    x += row * stride_x_b + t64 * stride_x_t
+    dy += row * stride_dy_b + t64 * stride_dy_t
+    z += row * stride_z_b + t64 * stride_z_t
+    dt += row * stride_dt_b + t64 * stride_dt_t
+    B += row * stride_B_b + t64 * stride_B_t + group * stride_B_g
+    C += row * stride_C_b + t64 * stride_C_t + group * stride_C_g
+    by_output += states * part_of_tokens + token * H
+    by_carry += states * part_of_blocks + slot * H
+    b_C = load_rows(C, stride_C_t, real, n0, N, NS, Q).to(DTYPE)
+
+    b_dB = tl.zeros((Q, NS), tl.float32)
+    b_dC = tl.zeros((Q, NS), tl.float32)
+    dsimilarity = tl.zeros((Q, Q), tl.float32)
+    for head in range(first_head, last_head):
+        wide_head = head + tl.full((), 0, tl.int64)
+        rate = tl.load(A + head).to(tl.float32) * LOG2_E
+        bias = 0.0
+        if HAS_BIAS:
+            bias = tl.load(dt_bias + head).to(tl.float32)
+        step, _raw = steps_of_block(
+            dt + wide_head * stride_dt_h, stride_dt_t, real, bias, low, high, Q, SOFTPLUS, CLAMP
+        )
+        cum, rest, from_start, to_end, _carry = block_decays(step * rate, number, seq_before, seq_last, EXACT, MARKS)
+        dpairs = tl.zeros((Q, Q), tl.float32)
+        through_output = tl.zeros((Q,), tl.float32)
+        through_carry = 0.0
+        for block in tl.static_range(BLOCKS):
+            b_x = load_rows(x + wide_head * stride_x_h, stride_x_t, real, block * PB, P, PB, Q).to(DTYPE)
+            b_dy = load_gradient(
+                dy + wide_head * stride_dy_h,
+                z + wide_head * stride_z_h,
+                stride_dy_t,
+                stride_z_t,
+                real,
+                block * PB,
+                P,
+                PB,
+                Q,
+                HAS_Z,
+            ).to(DTYPE)
+            p = block * PB + tl.arange(0, PB)
+            offsets = (slot * H + head) * (P * N) + p[:, None] * N + n[None, :]
+            mask = (p[:, None] < P) & (n[None, :] < N)
+            state = tl.load(entering + offsets, mask=mask, other=0.0)
+            dstate = tl.load(leaving + offsets, mask=mask, other=0.0)
+            dpairs += product(b_x, tl.trans(b_dy), PRECISION)
+            through_state = product(b_dy, state, PRECISION) * from_start[:, None]
+            through_output += tl.sum(through_state * b_C.to(tl.float32), 1)
+            b_dC += through_state
+            b_dB += product(b_x, dstate, PRECISION) * (step * to_end)[:, None]
+            through_carry += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+        dsimilarity += dpairs * inside_decays(cum, rest, number, Q, EXACT, MARKS, True) * step[:, None]
+        tl.store(by_output + i * H + head, through_output, mask=inside)
+        tl.store(by_carry + head, through_carry)
+
+    b_B = load_rows(B, stride_B_t, real, n0, N, NS, Q).to(DTYPE)
+    dsim = dsimilarity.to(DTYPE)
+    b_dB += product(dsim, b_C, PRECISION)
+    b_dC += product(tl.trans(dsim), b_B, PRECISION)
+    columns = part * part_of_projection + token * (G * N) + group * N + i[:, None] * (G * N) + n[None, :]
+    to_store = inside[:, None] & (n[None, :] < N)
+    tl.store(dB + columns, b_dB, mask=to_store)
+    tl.store(dC + columns, b_dC, mask=to_store)
+
+
+def launch_projections(
+    operands: Operands, plan: Plan, table: Tensor | None, grad_y: Tensor, entering: Tensor, leaving: Tensor
+) -> ProjectionGradients:
+    """The gradients from `entering` and `leaving` (blocks, H, P, N); `table` cuts packed sequences in blocks."""
+    x, z = operands.x, operands.z
+    meta = plan.meta(operands)
+    blocks = entering.shape[0]
+    heads = plan.heads // plan.groups
+    states = min(meta["NB"], LARGEST_PART)
+    splits = meta["NB"] // states
+    heads_of_program = triton.cdiv(heads, min(heads, max(1, TARGET_PROGRAMS // (blocks * plan.groups * splits))))
+    parts = triton.cdiv(heads, heads_of_program)
+    tokens = (plan.batch, plan.length)
+    shape = (parts, *tokens, plan.groups, plan.size)
+    dB = torch.empty(shape, dtype=operands.B.dtype if parts == 1 else torch.float32, device=x.device)
+    dC = torch.empty_like(dB)
+    by_output = torch.empty((splits, *tokens, plan.heads), dtype=torch.float32, device=x.device)
+    by_carry = torch.empty((splits, blocks, plan.heads), dtype=torch.float32, device=x.device)
+    placeholder = operands.A
+    tuning = PROJECTIONS_FP32 if plan.dtype == torch.float32 else PROJECTIONS
+    _ssd_bwd_projections_kernel[(blocks * plan.groups * parts * splits,)](
+        x,
+        grad_y,
+        operands.dt,
+        operands.A,
+        operands.B,
+        operands.C,
+        x if z is None else z,
+        placeholder if operands.dt_bias is None else operands.dt_bias,
+        placeholder if operands.marks is None else operands.marks,
+        # the tracer takes the table for written, as addresses come from it
+        dB if table is None else table,
+        entering,
+        leaving,
+        dB,
+        dC,
+        by_output,
+        by_carry,
+        *strides_of(operands, grad_y),
+        *operands.dt_limit or (0.0, 0.0),
+        plan.length,
+        plan.n_blocks,
+        heads_of_program,
+        dB.stride(0),
+        by_output.stride(0),
+        by_carry.stride(0),
+        **meta,
+        NS=states,
+        **tuning.options(),
+    )
+    if parts == 1:
+        return ProjectionGradients(dB[0], dC[0], by_output, by_carry)
+    return ProjectionGradients(dB.sum(0), dC.sum(0), by_output, by_carry)

@@ -1,0 +1,157 @@
+"""The Triton SSD scan as a differentiable op: `ssd_chunk_scan_triton`."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import first_order_only
+from ..dispatch import left_to_eager
+from ..packing import segments_and_valid
+from .eager import ssd_chunk_scan_eager
+from .triton_backward import ssd_backward
+from .triton_common import Operands, plan_of
+from .triton_forward import ssd_forward
+
+__all__ = ["SSDChunkScanTritonFunction", "ssd_chunk_scan_triton"]
+
+
+class SSDChunkScanTritonFunction(torch.autograd.Function):
+    """The scan, differentiable once. The second output is empty unless final states are asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_states: Tensor | None,
+        marks: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dt_softplus: bool,
+        dt_limit: tuple[float, float] | None,
+        return_final_states: bool,
+    ) -> tuple[Tensor, Tensor]:
+        operands = _operands(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, dt_softplus, dt_limit)
+        y, final, starts = ssd_forward(operands, plan_of(operands), True, return_final_states)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, starts)
+        ctx.dt_softplus, ctx.dt_limit, ctx.return_final_states = dt_softplus, dt_limit, return_final_states
+        return y, y.new_empty(0) if final is None else final
+
+    @staticmethod
+    @first_order_only("ssd_chunk_scan")
+    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, starts = ctx.saved_tensors
+        operands = _operands(
+            x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, ctx.dt_softplus, ctx.dt_limit
+        )
+        states = grad_final.contiguous() if ctx.return_final_states else None
+        gradients = ssd_backward(operands, plan_of(operands), _dense_rows(grad_y), starts, states)
+        likes = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+        return (
+            *(None if g is None or v is None else g.to(v.dtype) for g, v in zip(gradients, likes, strict=True)),
+            *(None,) * 5,
+        )
+
+
+def _dense_rows(value: Tensor) -> Tensor:
+    """`value` with its innermost elements next to each other; a copy only where they are not."""
+    return value if value.stride(-1) == 1 else value.contiguous()
+
+
+def _operands(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    marks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float] | None,
+) -> Operands:
+    return Operands(
+        x=_dense_rows(x),
+        dt=dt,
+        A=A.contiguous(),
+        B=_dense_rows(B),
+        C=_dense_rows(C),
+        D=None if D is None else D.contiguous(),
+        z=None if z is None else _dense_rows(z),
+        dt_bias=None if dt_bias is None else dt_bias.contiguous(),
+        initial_states=None if initial_states is None else initial_states.contiguous(),
+        marks=marks,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+    )
+
+
+def ssd_chunk_scan_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int = 256,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ssd_chunk_scan` in Triton; arguments as there, assumed to be checked. fp64, N > 256 and empty inputs run in eager.
+
+    Blocks have a length of the kernels' own, whatever `chunk_size` is.
+    """
+    floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    if left_to_eager(*floats, state_size=B.shape[3]):
+        return ssd_chunk_scan_eager(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size=chunk_size,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_states=return_final_states,
+        )
+    if B.dtype != C.dtype:
+        common = torch.promote_types(B.dtype, C.dtype)
+        B, C = B.to(common), C.to(common)
+        floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    marks = None
+    if seq_idx is not None:
+        segments, valid = segments_and_valid(seq_idx)
+        real = 1 if valid is None else valid.to(torch.int32)
+        marks = segments.to(torch.int32) * 2 + real
+    unlimited = (0.0, math.inf) if dt_softplus else (-math.inf, math.inf)
+    limit = None if tuple(dt_limit) in (unlimited, (-math.inf, math.inf)) else tuple(dt_limit)
+    options = (marks, cu_seqlens, dt_softplus, limit)
+    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats):
+        y, final = SSDChunkScanTritonFunction.apply(*floats, *options, return_final_states)
+        return (y, final) if return_final_states else y
+    operands = _operands(*floats, *options)
+    y, states, _ = ssd_forward(operands, plan_of(operands), False, return_final_states)
+    return y if states is None else (y, states)

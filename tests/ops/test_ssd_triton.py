@@ -1,0 +1,351 @@
+"""The Triton SSD scan against the fp64 oracle.
+
+Tests marked `gpu` run the compiled kernels. The others run the same kernels under Triton's interpreter, at toy sizes.
+"""
+
+import importlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .comparison import TOLERANCES
+from .interpreter import Errors, errors_under_interpreter, poisoned_empty, print_errors
+
+pytest.importorskip("triton")
+
+PACKAGE = "mamba_kernels.ssd."
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+# id: what differs from a call of two rows of 21 tokens with everything there is; blocks have 16 tokens
+TOY_CASES: dict[str, dict[str, Any]] = {
+    "two-blocks": {},
+    "bare": {"bare": True},
+    "one-token": {"length": 1},
+    "exactly-one-block": {"length": 16},
+    "groups-and-parts": {"heads": 4, "groups": 2, "programs": 64},
+    "one-part-a-group": {"heads": 3, "programs": 1},
+    "segments": {"batch": 1, "length": 53, "split": True},
+    "segments-without-states": {"batch": 1, "length": 53, "split": True, "bare": True},
+    "several-blocks-of-channels": {"head_dim": 20, "channels": 16, "per_channel": True},
+    "states-in-parts": {"size": 20, "states": 16},
+    "seq-idx": {"seq_idx": True, "length": 37},
+    "seq-idx-and-segments": {"seq_idx": True, "batch": 1, "length": 53, "split": True},
+    "cu-seqlens": {"batch": 1, "length": 45, "cu_seqlens": [0, 0, 16, 23, 45, 45]},
+    "cu-seqlens-and-segments": {"batch": 1, "length": 61, "cu_seqlens": [0, 0, 16, 61], "split": True},
+    "limits": {"limit": (0.3, 0.9)},
+    "no-softplus": {"softplus": False},
+    "strided": {"strided": True},
+    "heads-in-turns": {"heads": 3, "workspace": 1},
+    "no-gradient-of-y": {"without": "y"},
+    "no-gradient-of-states": {"without": "final_states"},
+    "large-steps": {"scale": 20.0},
+    "fp16": {"dtype": FP16, "heads": 3},
+}
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch, "empty", poisoned_empty(torch.empty))
+    yield
+
+
+def make_operands(
+    batch: int,
+    length: int,
+    heads: int,
+    head_dim: int,
+    groups: int,
+    size: int,
+    dtype: torch.dtype = FP32,
+    device: str = "cpu",
+    sequences: int | None = None,
+    bare: bool = False,
+    per_channel: bool = False,
+    strided: bool = False,
+    softplus: bool = True,
+    scale: float = 1.0,
+) -> dict[str, Tensor | None]:
+    """Random operands of one call; those of `strided` are views with gaps, and dt has its heads far apart."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    def tokens(*shape: int) -> Tensor:
+        if strided:
+            return normal(batch, length, shape[0] + 1, 2 * shape[1] + 1).to(dtype)[:, :, 1:, 1 : shape[1] + 1]
+        return normal(batch, length, *shape).to(dtype)
+
+    dt = normal(batch, heads, length).to(dtype).transpose(1, 2) if strided else normal(batch, length, heads).to(dtype)
+    return {
+        "x": tokens(heads, head_dim),
+        "dt": dt * scale if softplus else dt.abs() * 0.3,
+        "A": -2 * torch.rand(heads, device=device),
+        "B": tokens(groups, size),
+        "C": tokens(groups, size),
+        "D": None if bare else normal(heads, head_dim) if per_channel else normal(heads),
+        "z": None if bare else tokens(heads, head_dim),
+        "dt_bias": None if bare or not softplus else normal(heads),
+        "initial_states": None if bare else normal(sequences or batch, heads, head_dim, size),
+    }
+
+
+def differentiate(
+    fn: Any, operands: dict[str, Tensor | None], weights: tuple[Tensor, Tensor], without: str | None, **options: Any
+) -> dict[str, Tensor | None]:
+    """Outputs and gradients of a call under fixed gradients of its outputs."""
+    leaves = {name: None if value is None else value.detach().requires_grad_() for name, value in operands.items()}
+    y, final = fn(**leaves, **options, return_final_states=True)
+    outputs = [y, final] if without is None else [final if without == "y" else y]
+    incoming = [*weights] if without is None else [weights[1 if without == "y" else 0]]
+    present = {name: value for name, value in leaves.items() if value is not None}
+    gradients = torch.autograd.grad(
+        outputs,
+        list(present.values()),
+        [weight.to(output.dtype) for weight, output in zip(incoming, outputs, strict=True)],
+        allow_unused=True,
+    )
+    return {"y": y.detach(), "final_states": final.detach()} | {
+        f"gradient of {name}": gradient for name, gradient in zip(present, gradients, strict=True)
+    }
+
+
+def triton_op() -> Any:
+    return importlib.import_module(PACKAGE + "triton_scan").ssd_chunk_scan_triton
+
+
+def errors_of(
+    operands: dict[str, Tensor | None], without: str | None = None, oracle: str = "reference", **options: Any
+) -> dict[str, float]:
+    """RMS-relative error of every output and gradient; infinite where something is not finite.
+
+    `oracle` "eager" is the vectorised scan in fp64, itself tested against the reference: for lengths of thousands of tokens.
+    """
+    name = "ssd_chunk_scan_ref" if oracle == "reference" else "ssd_chunk_scan_eager"
+    reference = getattr(importlib.import_module(PACKAGE + oracle), name)
+    x, B = operands["x"], operands["B"]
+    assert x is not None and B is not None
+    cu_seqlens = options.get("cu_seqlens")
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    weights = (torch.randn_like(x), torch.randn(sequences, *x.shape[2:], B.shape[3], device=x.device))
+    actual = differentiate(triton_op(), operands, weights, without, **options)
+    double = {name: None if value is None else value.double() for name, value in operands.items()}
+    expected = differentiate(reference, double, weights, without, **options)
+    errors = {}
+    for name, want in expected.items():
+        have = actual[name]
+        if want is None or have is None:
+            # the oracle says None where a gradient cannot depend on the input
+            errors[name] = 0.0 if have is None or not have.any() else math.inf
+            continue
+        scale = want.square().mean().sqrt().clamp(min=1e-30)
+        errors[name] = float((have.double() - want).square().mean().sqrt() / scale)
+    return {name: error if math.isfinite(error) else math.inf for name, error in errors.items()}
+
+
+def random_packing(batch: int, length: int, device: str = "cpu", often: int = 9) -> Tensor:
+    """(B, L) sequence numbers that rise about every `often` tokens, one token in five padding."""
+    numbers = torch.randint(0, often, (batch, length), device=device).eq(0).cumsum(1)
+    return torch.where(torch.rand(batch, length, device=device) < 0.2, -1, numbers)
+
+
+def run_toy_case(
+    batch: int = 2,
+    length: int = 21,
+    heads: int = 2,
+    head_dim: int = 5,
+    groups: int = 1,
+    size: int = 6,
+    channels: int = 16,
+    states: int = 128,
+    programs: int = 264,
+    split: bool = False,
+    workspace: int = 1 << 30,
+    softplus: bool = True,
+    seq_idx: bool = False,
+    cu_seqlens: list[int] | None = None,
+    limit: tuple[float, float] | None = None,
+    without: str | None = None,
+    **kind: Any,
+) -> dict[str, float]:
+    """One entry of TOY_CASES, with blocks and programs small enough to have several of everything."""
+    common = importlib.import_module(PACKAGE + "triton_common")
+    projections = importlib.import_module(PACKAGE + "triton_projections")
+    common.block_of = lambda dtype, size: 16
+    common.LARGEST_CHANNELS = channels
+    common.TARGET_PROGRAMS, common.SHORTEST_SEGMENT = 1 << 20 if split else 0, 16
+    projections.TARGET_PROGRAMS, projections.LARGEST_PART = programs, states
+    importlib.import_module(PACKAGE + "triton_backward").WORKSPACE_BYTES = workspace
+    options: dict[str, Any] = {"dt_softplus": softplus, "without": without}
+    options["dt_limit"] = limit or ((0.0, math.inf) if softplus else (-math.inf, math.inf))
+    sequences = batch
+    if seq_idx:
+        options["seq_idx"] = random_packing(batch, length)
+    if cu_seqlens is not None:
+        options["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+        sequences = len(cu_seqlens) - 1
+    operands = make_operands(
+        batch, length, heads, head_dim, groups, size, sequences=sequences, softplus=softplus, **kind
+    )
+    return errors_of(operands, **options)
+
+
+@pytest.fixture(scope="module")
+def toy_errors() -> Errors:
+    return errors_under_interpreter(__name__)
+
+
+def assert_within_tolerance(errors: dict[str, float], dtype: torch.dtype) -> None:
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCES[dtype]}
+    assert not wrong
+
+
+@pytest.mark.parametrize("case", list(TOY_CASES))
+def test_kernels_under_the_interpreter(toy_errors: Errors, case: str) -> None:
+    assert_within_tolerance(toy_errors[case], TOY_CASES[case].get("dtype", FP32))
+
+
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@DTYPES
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 257, 2000, 8192, 65536])
+def test_lengths_on_gpu(length: int, dtype: torch.dtype) -> None:
+    batch = 2 if length < 8192 else 1
+    operands = make_operands(batch, length, 4, 64, 1, 128, dtype=dtype, device="cuda")
+    oracle = "reference" if length < 300 else "eager"
+    assert_within_tolerance(errors_of(operands, oracle=oracle), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@DTYPES
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"bare": True},
+        {"heads": 8, "groups": 4, "head_dim": 32, "size": 16},
+        {"strided": True, "per_channel": True},
+        {"head_dim": 40, "size": 24},
+        {"head_dim": 128, "size": 256},
+        {"head_dim": 256, "size": 17, "heads": 2},
+        {"batch": 64, "length": 100, "bare": True},
+    ],
+    ids=["bare", "groups", "strided", "P40-N24", "P128-N256", "P256-N17", "batch-64"],
+)
+def test_shapes_on_gpu(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    sizes = {"batch": 2, "length": 257, "heads": 4, "head_dim": 64, "groups": 1, "size": 128} | shape
+    operands = make_operands(**sizes, dtype=dtype, device="cuda")
+    assert_within_tolerance(errors_of(operands, oracle="eager"), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@DTYPES
+@pytest.mark.parametrize("packing", ["seq_idx", "cu_seqlens"])
+def test_packed_sequences_on_gpu(packing: str, dtype: torch.dtype) -> None:
+    if packing == "seq_idx":
+        options = {"seq_idx": random_packing(3, 300, device="cuda", often=40)}
+        operands = make_operands(3, 300, 4, 64, 1, 128, dtype=dtype, device="cuda")
+    else:
+        bounds = [0, 64, 64, 65, 300, 556, 700, 700]
+        options = {"cu_seqlens": torch.tensor(bounds, device="cuda", dtype=torch.int32)}
+        operands = make_operands(1, 700, 4, 64, 1, 128, dtype=dtype, device="cuda", sequences=len(bounds) - 1)
+    assert_within_tolerance(errors_of(operands, oracle="eager", **options), dtype)
+
+
+@pytest.mark.gpu
+def test_long_packed_sequences_are_split_on_gpu() -> None:
+    bounds = [0, 1500, 1501, 4000, 9000]
+    options = {"cu_seqlens": torch.tensor(bounds, device="cuda", dtype=torch.int32)}
+    operands = make_operands(1, 9000, 4, 64, 1, 128, device="cuda", sequences=4)
+    assert_within_tolerance(errors_of(operands, oracle="eager", **options), FP32)
+
+
+@pytest.mark.gpu
+def test_padding_may_hold_nan_on_gpu() -> None:
+    operands = make_operands(2, 200, 4, 64, 1, 128, device="cuda")
+    seq_idx = torch.zeros(2, 200, dtype=torch.int32, device="cuda")
+    seq_idx[:, 40:45] = -1
+    expected = triton_op()(**operands, seq_idx=seq_idx)
+    for name in ("x", "dt", "B", "C", "z"):
+        operands[name][:, 40:45] = math.nan
+    assert torch.equal(triton_op()(**operands, seq_idx=seq_idx), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [20.0, 80.0], ids=["dt-20", "dt-80"])
+def test_extreme_steps_on_gpu(scale: float) -> None:
+    operands = make_operands(2, 257, 4, 64, 1, 128, device="cuda")
+    operands["dt"] = (torch.rand_like(operands["dt"]) * 2 - 1) * scale
+    assert_within_tolerance(errors_of(operands), FP32)
+
+
+@pytest.mark.gpu
+def test_same_bits_every_time_on_gpu() -> None:
+    operands = make_operands(2, 3000, 24, 64, 1, 128, dtype=BF16, device="cuda")
+    weights = (torch.randn_like(operands["x"]), torch.randn(2, 24, 64, 128, device="cuda"))
+    first = differentiate(triton_op(), operands, weights, None)
+    for _ in range(9):
+        again = differentiate(triton_op(), operands, weights, None)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_compiles_without_graph_breaks_on_gpu() -> None:
+    from mamba_kernels import ssd_chunk_scan
+
+    operands = make_operands(2, 300, 4, 64, 1, 128, device="cuda")
+    weights = (torch.randn_like(operands["x"]), torch.randn(2, 4, 64, 128, device="cuda"))
+    expected = differentiate(ssd_chunk_scan, operands, weights, None)
+    actual = differentiate(torch.compile(ssd_chunk_scan, fullgraph=True), operands, weights, None)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.gpu
+def test_cuda_graph_on_gpu() -> None:
+    operands = make_operands(1, 3000, 4, 64, 1, 128, device="cuda")
+    expected = triton_op()(**operands)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = triton_op()(**operands)
+    captured.fill_(math.nan)
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+def test_heads_in_turns_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module(PACKAGE + "triton_backward"), "WORKSPACE_BYTES", 1 << 20)
+    operands = make_operands(2, 257, 6, 64, 2, 128, device="cuda", per_channel=True)
+    assert_within_tolerance(errors_of(operands, oracle="eager"), FP32)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements_on_gpu() -> None:
+    # (1, length, 8, 64): more than 2^31 elements, and with 64 tokens a block more than 65,535 blocks
+    length = (1 << 22) + 77
+    operands = make_operands(1, 400, 8, 64, 1, 16, dtype=BF16, device="cuda", bare=True)
+    tail = {name: value for name, value in operands.items() if name in ("x", "dt", "B", "C")}
+    # zeros before the tail keep the state at zero
+    long = {name: value.new_zeros(1, length, *value.shape[2:]) for name, value in tail.items()}
+    for name, value in tail.items():
+        long[name][:, :400] = value
+        long[name][:, -400:] = value
+    A = operands["A"] - 1
+    expected = triton_op()(**tail, A=A)
+    actual = triton_op()(**long, A=A)
+    torch.testing.assert_close(actual[:, :400], expected, rtol=0.01, atol=0.05)
+    torch.testing.assert_close(actual[:, -400:], expected, rtol=0.01, atol=0.05)
+
+
+if __name__ == "__main__":
+    print_errors(run_toy_case, TOY_CASES)
