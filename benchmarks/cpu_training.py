@@ -34,6 +34,9 @@ def cpu_training(
     threads: Annotated[int | None, typer.Option(help="Threads of torch; its own choice when left out.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each cell.")] = 3.0,
     cap_seconds: Annotated[float, typer.Option(help="A step expected to take longer is not run.")] = 20.0,
+    ours: Annotated[
+        bool, typer.Option("--ours", help="Time hf_mamba alone, checked against the fp64 oracle.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="The JSON file; default: in benchmarks/results.")] = None,
 ) -> None:
     """Time one training step (forward, loss, backward) in fp32 against the sequence length."""
@@ -47,7 +50,7 @@ def cpu_training(
         torch.set_num_threads(threads)
     record = Record("cpu-training", settings={"batch": batch, "layers": layers, "hidden_size": 256})
     for kind in kinds:
-        _measure_kind(record, console, kind, sizes, batch, layers, seconds, cap_seconds)
+        _measure_kind(record, console, kind, sizes, batch, layers, seconds, cap_seconds, ours)
     for kind in kinds:
         record.summary += _ratios(record.rows, kind, sizes)
     record.print_rows(console)
@@ -66,8 +69,11 @@ def _measure_kind(
     layers: int,
     seconds: float,
     cap_seconds: float,
+    ours: bool,
 ) -> None:
     contenders = make_models(kind, "small", layers=layers, mambapy=has_mambapy())
+    if ours:
+        contenders = {"hf_mamba": contenders["hf_mamba"]}
     history: dict[str, list[tuple[int, float]]] = {name: [] for name in contenders}
     for length in lengths:
         console.print(f"[dim]{kind}, L={length}[/]")

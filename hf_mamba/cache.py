@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+from transformers.utils import ModelOutput
 
-__all__ = ["RecurrentCache", "RecurrentLayer", "read_states", "write_states"]
+__all__ = ["RecurrentCache", "RecurrentLayer", "name_of_cache", "read_states", "write_states"]
+
+# since 5.24, transformers has one name for a cache, and finds outputs' caches by the old two
+ONE_NAME = hasattr(ModelOutput, "cache_params")
 
 # replaying more tokens than this costs more than one extra forward that moves the states up to them
 MAX_REPLAY = 16
@@ -126,7 +130,7 @@ class RecurrentCache(DynamicCache):
         >>> from hf_mamba import MambaConfig, MambaForCausalLM, RecurrentCache
         >>> model = MambaForCausalLM(MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2)).eval()
         >>> cache, ids = RecurrentCache(model.config), torch.arange(6)[None]
-        >>> first, second = (model(part, past_key_values=cache).logits for part in (ids[:, :4], ids[:, 4:]))
+        >>> first, second = (model(part, cache=cache).logits for part in (ids[:, :4], ids[:, 4:]))
         >>> torch.allclose(torch.cat([first, second], dim=1), model(ids).logits, atol=1e-5), cache.get_seq_length()
         (True, 6)
     """
@@ -314,6 +318,14 @@ class RecurrentCache(DynamicCache):
         """Repeat every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+
+def name_of_cache(cache: Cache) -> str:
+    """The name under which this version of transformers passes `cache` from one step of `generate()` to the next."""
+    if ONE_NAME:
+        return "cache"
+    # under `past_key_values`, generate() would build attention masks for a stock cache
+    return "past_key_values" if isinstance(cache, RecurrentCache) else "cache_params"
 
 
 def _concatenated_padding(

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from hf_mamba.cli.convert import convert
 from hf_mamba.cli.environment import env
 from hf_mamba.cli.generate import generate
 from hf_mamba.version import __version__
@@ -55,5 +56,16 @@ hf-mamba generate state-spaces/mamba-130m-hf "Mamba is" --temperature 0.8 --seed
 cat story.txt | hf-mamba generate ./my-model --dtype bfloat16 --device cuda
 """
 
+CONVERT_EXAMPLES = """\
+Examples:
+
+hf-mamba convert state-spaces/mamba2-130m ./mamba2-130m --tokenizer EleutherAI/gpt-neox-20b --verify
+
+hf-mamba convert step_100000.pt --dry-run
+
+hf-mamba convert ./my-model ./for-mamba-ssm --to mamba_ssm
+"""
+
+app.command(epilog=CONVERT_EXAMPLES)(convert)
 app.command(epilog=ENV_EXAMPLES)(env)
 app.command(epilog=GENERATE_EXAMPLES)(generate)

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-from ..cache import MAX_REPLAY, RecurrentCache
+from ..cache import MAX_REPLAY, RecurrentCache, name_of_cache
+from ..cache_names import CACHE_NAMES
+from ..models.inputs import select_cache
 from .prompt import Prompt, unseen_length
 
 __all__ = ["RecurrentGenerationMixin"]
@@ -25,29 +27,35 @@ ENDS = "_ends_of_rows"
 
 
 class RecurrentGenerationMixin(GenerationMixin):
-    """Gives `generate()` a `RecurrentCache` under `past_key_values`.
+    """Gives `generate()` a `RecurrentCache`, under the name that counts tokens and slices prompts.
 
-    transformers looks for a Mamba model's cache under `cache_params`, where it neither counts tokens nor slices the prompt.
-    A stock transformers cache (`cache_implementation="static"` and the like) stays there.
+    Before 5.24, transformers keeps a Mamba model's cache under `cache_params`, where it does neither; a stock transformers
+    cache (`cache_implementation="static"` and the like) stays there. Later versions have one name, `cache`.
     """
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate tokens as `transformers.GenerationMixin.generate` does, with the same arguments and outputs.
+
+        The cache may be given as `cache`, `past_key_values` or `cache_params`.
+
+        Raises:
+            TypeError: an argument of the wrong type.
+            ValueError: several caches, or other arguments that contradict each other or that nobody reads.
+        """
+        cache = _take_cache(kwargs)
+        if cache is not None:
+            kwargs[name_of_cache(cache)] = cache
+        return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> None:
-        given = {name: model_kwargs.pop(name, None) for name in ("past_key_values", "cache_params")}
-        caches = [cache for cache in given.values() if cache is not None]
-        if len(caches) == 2 and caches[0] is not caches[1]:
-            raise ValueError(
-                "`past_key_values` and `cache_params` are two names for one cache; give only one of them."
-            )
-        if caches:
-            cache = caches[0]
-            if not isinstance(cache, Cache):
-                raise TypeError(f"`past_key_values` must be a RecurrentCache, got {type(cache).__name__}.")
+        cache = _take_cache(model_kwargs)
+        if cache is not None:
             if generation_config.cache_implementation is not None:
                 raise ValueError(
                     f"`cache_implementation={generation_config.cache_implementation!r}` asks for a new cache, but "
-                    "`past_key_values` was given; use only one of the two."
+                    "`cache` was given; use only one of the two."
                 )
             cache._is_user_defined = True
         elif generation_config.use_cache is False:
@@ -59,18 +67,15 @@ class RecurrentGenerationMixin(GenerationMixin):
             )
         elif generation_config.cache_implementation not in OWN_CACHE:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-            names = [name for name in given if model_kwargs.get(name) is not None]
-            cache = model_kwargs.pop(names[0])
+            cache = _take_cache(model_kwargs)
+            assert cache is not None
         else:
             cache = RecurrentCache(self.config)
-        if not isinstance(cache, RecurrentCache):
-            model_kwargs["cache_params"] = cache
-            return
-        if generation_config.is_assistant:
+        model_kwargs[name_of_cache(cache)] = cache
+        if generation_config.is_assistant and isinstance(cache, RecurrentCache):
             cache.activate_past_recording()
             # every token it is about to draft may have to be taken back
             cache.max_snapshots = max(cache.max_snapshots, (generation_config.max_new_tokens or 0) + 1)
-        model_kwargs["past_key_values"] = cache
 
     def _get_static_cache_init_shape(self) -> None:
         """None: there are no heads of keys and values to allocate in advance."""
@@ -147,7 +152,6 @@ class RecurrentGenerationMixin(GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -158,17 +162,17 @@ class RecurrentGenerationMixin(GenerationMixin):
         Args:
             input_ids: (B, L), all tokens so far.
             next_sequence_length: how many of the last tokens to feed; by default those the cache has not seen.
-            past_key_values, attention_mask, inputs_embeds: as `forward` takes them.
+            attention_mask, inputs_embeds: as `forward` takes them.
             is_first_iteration: whether this is the prompt, for which `inputs_embeds` replaces `input_ids`.
+            **kwargs: the cache under any of its names, and other arguments of `forward`.
 
         Raises:
             ValueError: the cache has seen everything already.
         """
         ends = kwargs.pop(ENDS, None)
-        cache = past_key_values if past_key_values is not None else kwargs.get("cache_params")
-        if cache is not None and not isinstance(cache, RecurrentCache):
-            # under `past_key_values`, a stock cache would be given attention masks
-            past_key_values, kwargs["cache_params"] = None, cache
+        cache = _take_cache(kwargs)
+        if cache is not None:
+            kwargs[name_of_cache(cache)] = cache
         if next_sequence_length is None and isinstance(cache, RecurrentCache):
             prompt = Prompt(
                 input_ids=input_ids,
@@ -186,7 +190,6 @@ class RecurrentGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -203,7 +206,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         """
         decode = super()._assisted_decoding
         generation_config = kwargs["generation_config"]
-        cache = kwargs.get("past_key_values")
+        cache = _given_cache(kwargs)
         if not isinstance(cache, RecurrentCache):
             return decode(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
         recording = cache.recording
@@ -257,8 +260,11 @@ class RecurrentGenerationMixin(GenerationMixin):
 
 
 def _given_cache(model_kwargs: dict[str, Any]) -> Cache | None:
-    cache = model_kwargs.get("past_key_values")
-    return cache if cache is not None else model_kwargs.get("cache_params")
+    return select_cache(*(model_kwargs.get(name) for name in CACHE_NAMES))
+
+
+def _take_cache(model_kwargs: dict[str, Any]) -> Cache | None:
+    return select_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
 
 
 def _before_the_end(input_ids: Tensor, eos: Tensor, prompt_length: int) -> Tensor:

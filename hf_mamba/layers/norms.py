@@ -21,7 +21,10 @@ class RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon).to(self.weight.dtype)
+        weight = self.weight
+        out = rms_norm(hidden_states, weight, eps=self.variance_epsilon)
+        # a cast to the same type is not free on a decoding step
+        return out if out.dtype == weight.dtype else out.to(weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"

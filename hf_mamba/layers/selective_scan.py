@@ -17,6 +17,7 @@ from mamba_kernels import rms_norm, selective_scan, selective_state_update
 from ..cache import read_states, write_states
 from .convolution import CausalConv1d
 from .linear import is_plain_linear
+from .projection import project
 
 __all__ = ["SelectiveScanMixer"]
 
@@ -84,7 +85,7 @@ class SelectiveScanMixer(nn.Module):
             cache: states to continue from and to update, or None.
             seq_idx: (B, L), sequence numbers, trailing negatives = padding; None = one sequence a row.
         """
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = project(self.in_proj, hidden_states).chunk(2, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
         if ssm_state is not None and can_step(hidden_states, seq_idx):
             x = self.conv1d(x[:, 0], conv_state=conv_state)
@@ -100,7 +101,7 @@ class SelectiveScanMixer(nn.Module):
                 z=z[:, 0],
                 dt_bias=dt_bias,
             )
-            return self.out_proj(y[:, None])
+            return project(self.out_proj, y[:, None])
         keep_states = cache is not None
         x = self.conv1d(
             x,
@@ -127,7 +128,7 @@ class SelectiveScanMixer(nn.Module):
         if cache is not None:
             y, final_ssm_state = y
             write_states(cache, self.layer_idx, final_conv_state, final_ssm_state)
-        return self.out_proj(y)
+        return project(self.out_proj, y)
 
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.float())

@@ -15,6 +15,7 @@ from mamba_kernels import ssd_chunk_scan, ssd_state_update
 from ..cache import read_states, write_states
 from .convolution import CausalConv1d
 from .norms import GatedRMSNorm
+from .projection import project
 from .selective_scan import can_step, initial_dt_bias
 
 __all__ = ["SSDMixer"]
@@ -81,7 +82,8 @@ class SSDMixer(nn.Module):
             cache: states to continue from and to update, or None.
             seq_idx: (B, L), sequence numbers, trailing negatives = padding; None = one sequence a row.
         """
-        z, xBC, dt = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        widths = [self.intermediate_size, self.conv_dim, self.num_heads]
+        z, xBC, dt = project(self.in_proj, hidden_states).split(widths, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
         A = -torch.exp(self.A_log.float())
         if ssm_state is not None and can_step(hidden_states, seq_idx):
@@ -97,7 +99,7 @@ class SSDMixer(nn.Module):
                 dt_bias=self.dt_bias,
                 dt_limit=self.time_step_limit,
             )
-            return self.out_proj(self.norm(y.flatten(-2)[:, None], z))
+            return project(self.out_proj, self.norm(y.flatten(-2)[:, None], z))
         keep_states = cache is not None
         xBC = self.conv1d(
             xBC,
@@ -125,7 +127,7 @@ class SSDMixer(nn.Module):
         if cache is not None:
             y, final_ssm_state = y
             write_states(cache, self.layer_idx, final_conv_state, final_ssm_state)
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return project(self.out_proj, self.norm(y.flatten(-2), z))
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (…, H, P), B and C (…, G, N) out of the convolution's output."""

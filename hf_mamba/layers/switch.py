@@ -37,6 +37,11 @@ class TopKRouter(nn.Module):
         normalize: divide the k weights of a token by their sum.
         bias: whether the logits have a bias.
         jitter_noise: width of the multiplicative noise on the input (Switch Transformer, §2.2), 0 = none.
+        scaling_factor: the weights are multiplied by it, after they are normalised.
+        selection_bias: keep a bias (E,) that is added to the scores when experts are chosen, and has no part in the weights
+            (DeepSeek-V3, arXiv 2412.19437, §2.1.2). It is a buffer: nothing here trains it.
+        num_groups, topk_groups: the experts form that many groups of neighbours; only those of the best `topk_groups` can
+            be chosen. A group is as good as its best expert, or, with a selection bias, as its two best together.
     """
 
     def __init__(
@@ -48,12 +53,21 @@ class TopKRouter(nn.Module):
         normalize: bool = False,
         bias: bool = False,
         jitter_noise: float = 0.0,
+        scaling_factor: float = 1.0,
+        selection_bias: bool = False,
+        num_groups: int = 1,
+        topk_groups: int = 1,
     ):
         super().__init__()
         self.top_k, self.scoring, self.normalize, self.jitter_noise = top_k, scoring, normalize, jitter_noise
+        self.scaling_factor, self.num_groups, self.topk_groups = scaling_factor, num_groups, topk_groups
         # in fp32 whatever the model's dtype, as from_pretrained keeps them
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32)) if bias else None
+        self.selection_bias: Tensor | None
+        self.register_buffer(
+            "selection_bias", torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None
+        )
 
     def forward(self, hidden_states: Tensor, noisy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Route tokens.
@@ -72,10 +86,38 @@ class TopKRouter(nn.Module):
                 inputs = inputs * torch.empty_like(inputs).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             bias = None if self.bias is None else self.bias.to(dtype)
             router_logits = F.linear(inputs, self.weight.to(dtype), bias)
-            weights, indices = router_scores(router_logits, self.scoring).topk(self.top_k, dim=-1)
+            scores = router_scores(router_logits, self.scoring)
+            if self._chooses_by_score():
+                weights, indices = scores.topk(self.top_k, dim=-1)
+            else:
+                indices = self._choose(scores)
+                weights = scores.gather(-1, indices)
             if self.normalize:
                 weights = weights / weights.sum(dim=-1, keepdim=True)
+            if self.scaling_factor != 1.0:
+                weights = weights * self.scaling_factor
         return router_logits, weights, indices
+
+    def choose(self, router_logits: Tensor) -> Tensor:
+        """The experts (N, k) int64 of tokens with these logits (N, E)."""
+        return self._choose(router_scores(router_logits, self.scoring))
+
+    def _chooses_by_score(self) -> bool:
+        return self.selection_bias is None and self.num_groups == 1
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        if self._chooses_by_score():
+            return scores.topk(self.top_k, dim=-1).indices
+        ranking = scores.detach()
+        if self.selection_bias is not None:
+            ranking = ranking + self.selection_bias.to(device=scores.device, dtype=scores.dtype)
+        if self.num_groups > 1:
+            groups = ranking.unflatten(-1, (self.num_groups, -1))
+            best = groups.amax(dim=-1) if self.selection_bias is None else groups.topk(2, dim=-1).values.sum(dim=-1)
+            excluded = torch.ones_like(best, dtype=torch.bool)
+            excluded.scatter_(-1, best.topk(self.topk_groups, dim=-1).indices, False)
+            ranking = groups.masked_fill(excluded[..., None], -torch.inf).flatten(-2)
+        return ranking.topk(self.top_k, dim=-1).indices
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
@@ -113,20 +155,26 @@ def within_capacity(indices: Tensor, num_experts: int, capacity_factor: float, v
 
 
 def balance_statistics(
-    router_logits: Tensor, top_k: int, scoring: str, valid: Tensor | None = None
+    router_logits: Tensor,
+    top_k: int,
+    scoring: str,
+    valid: Tensor | None = None,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How one layer spreads the tokens, before any are dropped for capacity.
 
     Args:
         router_logits: (N, E).
         valid: (N,) bool, False at padding; None = all real.
+        indices: (N, k), the experts that were chosen; None = those with the highest scores.
 
     Returns:
         f (E,), the fraction of tokens that chose each expert (it adds up to k; no gradient), and P (E,), the mean
         probability of each expert. Sigmoid scores are divided by their sum over the experts first.
     """
     scores = router_scores(router_logits, scoring)
-    chosen = torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=-1).indices, 1.0)
+    indices = scores.topk(top_k, dim=-1).indices if indices is None else indices
+    chosen = torch.zeros_like(scores).scatter_(1, indices, 1.0)
     probabilities = scores if scoring == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
     return _token_mean(chosen, valid), _token_mean(probabilities, valid)
 
@@ -137,24 +185,29 @@ def load_balancing_loss(
     scoring: str = "softmax",
     valid: Tensor | None = None,
     reduction: str = "sum",
+    indices: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """The loss `E * sum_i f_i * P_i` that is least when the experts are used evenly (Switch Transformer, equation 4).
 
     Args:
-        router_logits: one (N, E) for each layer.
+        router_logits: one (N, E) for each layer; with reduction "sum" the layers may differ in E.
         valid: (N,) bool, False at padding, which counts nowhere; None = all real.
         reduction: "sum" adds up the layers' losses (MoE-Mamba); "pooled" is the loss of f and P averaged over the
             layers (Mixtral), in which an uneven layer can make up for another.
+        indices: for each layer the experts (N, k) that were chosen; None = those with the highest scores.
 
     Returns:
         () fp32, without its coefficient.
     """
-    statistics = [balance_statistics(logits, top_k, scoring, valid) for logits in router_logits]
-    fractions, probabilities = (torch.stack(values) for values in zip(*statistics, strict=True))
-    num_experts = fractions.shape[-1]
+    choices = (None,) * len(router_logits) if indices is None else indices
+    statistics = [
+        balance_statistics(logits, top_k, scoring, valid, chosen)
+        for logits, chosen in zip(router_logits, choices, strict=True)
+    ]
     if reduction == "pooled":
-        return num_experts * (fractions.mean(dim=0) * probabilities.mean(dim=0)).sum()
-    return num_experts * (fractions * probabilities).sum()
+        fractions, probabilities = (torch.stack(values).mean(dim=0) for values in zip(*statistics, strict=True))
+        return fractions.shape[-1] * (fractions * probabilities).sum()
+    return torch.stack([f.shape[-1] * (f * p).sum() for f, p in statistics]).sum()
 
 
 def router_z_loss(router_logits: tuple[Tensor, ...], valid: Tensor | None = None) -> Tensor:

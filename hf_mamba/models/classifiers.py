@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
+from ..cache_names import CACHE_NAMES
 from ..sequences import padding_mask, resolve_layout
 from .heads import WithBackbone
 from .inputs import check_labels
@@ -174,7 +175,7 @@ class RecurrentForTokenClassification(_Classifier):
 
 def _take_loss_arguments(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take what a classifier's loss reads out of `kwargs`, and refuse what asks for states."""
-    for argument in ("past_key_values", "cache_params", "use_cache"):
+    for argument in (*CACHE_NAMES, "use_cache"):
         value = kwargs.pop(argument, None)
         if value is not None and value is not False:
             raise ValueError(f"{name} reads a text at once and neither takes nor returns a cache; drop `{argument}`.")

@@ -7,9 +7,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from ..generation.mixin import RecurrentGenerationMixin
+from ..layers.projection import project
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
-from .inputs import check_labels, same_lengths
-from .outputs import RecurrentCausalLMOutput, cache_fields
+from .inputs import check_labels, same_lengths, select_cache
+from .outputs import RecurrentCausalLMOutput
 from .recurrent import RecurrentModel, RecurrentPreTrainedModel
 
 __all__ = ["RecurrentForCausalLM", "WithBackbone"]
@@ -53,6 +54,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         cache_params: Cache | None = None,
         labels: Tensor | None = None,
@@ -85,8 +87,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            cache_params=cache_params,
+            cache=select_cache(cache, past_key_values, cache_params),
             use_cache=use_cache,
             position_ids=position_ids,
             seq_idx=seq_idx,
@@ -99,7 +100,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
             **kwargs,
         )
         hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states).float()
+        logits = project(self.lm_head, hidden_states).float()
         loss = None
         targets = None
         shift_labels = loss_kwargs.pop("shift_labels", None)
@@ -114,9 +115,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
             loss = self.loss_function(logits=logits, labels=targets, vocab_size=self.config.vocab_size, **loss_kwargs)
             loss = self.total_loss(loss, outputs, labels, loss_kwargs)
         output = self.make_output(outputs, loss, logits)
-        if return_dict:
-            return output
-        return tuple(value for name, value in output.items() if name != "past_key_values")
+        return output if return_dict else output.to_tuple()
 
     def make_output(self, outputs: Any, loss: Tensor | None, logits: Tensor) -> Any:
         """Assemble the output."""
@@ -124,7 +123,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
-            **cache_fields(outputs.cache_params),
+            cache=outputs.cache,
             **self.extra_outputs(outputs),
         )
 

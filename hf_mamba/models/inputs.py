@@ -91,15 +91,24 @@ def check_labels(labels: Any, shape: tuple[int, ...], advice: str = "", name: st
     return labels.to(torch.int64)
 
 
-def select_cache(past_key_values: Cache | None, cache_params: Cache | None) -> Cache | None:
-    """The one cache given under either name."""
-    if past_key_values is not None and cache_params is not None and past_key_values is not cache_params:
+def select_cache(*given: Cache | None) -> Cache | None:
+    """The one cache among those given under each of its names.
+
+    Raises:
+        ValueError: several caches.
+        TypeError: something else than a cache.
+    """
+    caches = [cache for cache in given if cache is not None]
+    if not caches:
+        return None
+    cache = caches[0]
+    if any(other is not cache for other in caches):
         raise ValueError(
-            "`past_key_values` and `cache_params` are two names for one cache, but two caches were given."
+            "`cache`, `past_key_values` and `cache_params` are names for one cache, but several caches were given; pass "
+            "only one of them."
         )
-    cache = past_key_values if past_key_values is not None else cache_params
-    if cache is not None and not isinstance(cache, Cache):
-        raise TypeError(f"`past_key_values` must be a transformers Cache, got {type(cache).__name__}.")
+    if not isinstance(cache, Cache):
+        raise TypeError(f"`cache` must be a transformers Cache, got {type(cache).__name__}.")
     return cache
 
 
@@ -112,7 +121,7 @@ def check_cache(cache: Cache, layers: nn.ModuleList) -> None:
     advice = "; it belongs to another model. Pass RecurrentCache(model.config), or none."
     if len(cache.layers) != len(layers):
         raise ValueError(
-            f"`past_key_values` holds {len(cache.layers)} layers, but the model has {len(layers)}{advice}"
+            f"The cache holds {len(cache.layers)} layers, but the model has {len(layers)}{advice}"
         )
     for states, layer in zip(cache.layers, layers, strict=True):
         mixer = getattr(layer, "mixer", None)
@@ -120,7 +129,7 @@ def check_cache(cache: Cache, layers: nn.ModuleList) -> None:
             continue
         if not isinstance(states, LinearAttentionLayer):
             raise ValueError(
-                f"`past_key_values` holds a {type(states).__name__}, which has no recurrent state{advice}"
+                f"The cache holds a {type(states).__name__}, which has no recurrent state{advice}"
             )
         if states.has_previous_state[0]:
             conv_shape, ssm_shape = mixer.state_shapes
@@ -132,7 +141,7 @@ def check_cache(cache: Cache, layers: nn.ModuleList) -> None:
             channels, context = conv_shape
             if conv_given not in (conv_shape, (channels, context + 1)) or ssm_given != ssm_shape:
                 raise ValueError(
-                    f"`past_key_values` holds states of shapes {conv_given} and {ssm_given} a row, but the model's are "
+                    f"The cache holds states of shapes {conv_given} and {ssm_given} a row, but the model's are "
                     f"{conv_shape} and {ssm_shape}{advice}"
                 )
         return

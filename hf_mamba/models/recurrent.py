@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ..cache import MAX_REPLAY, RecurrentCache
+from ..cache_names import CACHE_NAMES
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
 from .inputs import (
@@ -27,7 +28,7 @@ from .inputs import (
     same_lengths,
     select_cache,
 )
-from .outputs import RecurrentModelOutput, cache_fields
+from .outputs import RecurrentModelOutput
 
 __all__ = ["RecurrentBlock", "RecurrentModel", "RecurrentPreTrainedModel"]
 
@@ -66,7 +67,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # states can be taken back by snapshot and replay, so assisted decoding is possible
     _is_stateful = False
-    _skip_keys_device_placement = ["past_key_values", "cache_params"]
+    _skip_keys_device_placement = [*CACHE_NAMES]
     _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]
     # what a checkpoint of another task is expected to lack
     _new_head: tuple[str, ...] = ()
@@ -186,6 +187,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         cache_params: Cache | None = None,
         use_cache: bool | None = None,
@@ -206,8 +208,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
             attention_mask: (B, L), or (B, seen + L) over a cache; 0 = padding, on either side or in between. A padding
                 token changes neither the states nor any other token's output.
             inputs_embeds: (B, L, d).
-            past_key_values, cache_params: two names for the states to continue from, which are updated in place; a
-                `RecurrentCache`, or a transformers cache made for this configuration. Any number of tokens may follow.
+            cache: the states to continue from, which are updated in place; a `RecurrentCache`, or a transformers cache made
+                for this configuration. Any number of tokens may follow.
+            past_key_values, cache_params: other names for `cache`, from before transformers 5.24.
             use_cache: return a cache; by default `config.use_cache`, in training False.
             position_ids: (B, L); a sequence begins wherever a position does not follow the one before it. Positions as
                 such have no effect on a recurrent model.
@@ -227,8 +230,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         check_token_inputs(input_ids, inputs_embeds, self.config.hidden_size)
-        cache = select_cache(past_key_values, cache_params)
-        cache = self._prepare_cache(cache, use_cache)
+        cache = self._prepare_cache(select_cache(cache, past_key_values, cache_params), use_cache)
         if inputs_embeds is None:
             inputs_embeds = embed_tokens(self.embeddings, input_ids)
         check_metadata(
@@ -264,12 +266,12 @@ class RecurrentModel(RecurrentPreTrainedModel):
         output = self.output_class(
             last_hidden_state=finish(hidden_states),
             hidden_states=None if all_hidden_states is None else tuple(map(finish, all_hidden_states)),
-            **cache_fields(cache),
+            cache=cache,
             **extras,
         )
         if return_dict:
             return output
-        names = ("last_hidden_state", "cache_params", "hidden_states", *extras)
+        names = ("last_hidden_state", "cache", "hidden_states", *extras)
         return tuple(output[name] for name in names if name in output)
 
     def run_layers(
@@ -322,7 +324,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """Move the states past the pending tokens with a forward of their own."""
         inputs_embeds, padding = cache.take_pending()
         recording, cache.recording = cache.recording, False
-        self(inputs_embeds=inputs_embeds, attention_mask=padding, past_key_values=cache)
+        self(inputs_embeds=inputs_embeds, attention_mask=padding, cache=cache)
         cache.recording = recording
 
     @staticmethod

@@ -138,7 +138,7 @@ def test_turns_on_a_cache_left_by_prompt_lookup(kind: str, second: str) -> None:
             list(sequences),
             sequences,
             6,
-            past_key_values=cache,
+            cache=cache,
             attention_mask=torch.ones_like(sequences),
             **options,
         )

@@ -115,14 +115,14 @@ FORWARD = {
     "positions-list": ({"input_ids": IDS, "position_ids": [0] * 9}, TypeError, "`position_ids` must be a tensor"),
     # caches
     "cache-tuple": (
-        {"input_ids": IDS, "past_key_values": ((1, 2),)},
+        {"input_ids": IDS, "cache": ((1, 2),)},
         TypeError,
-        "`past_key_values`.*Cache, got tuple",
+        "`cache`.*Cache, got tuple",
     ),
     "cache-empty": (
-        {"input_ids": IDS, "past_key_values": DynamicCache()},
+        {"input_ids": IDS, "cache": DynamicCache()},
         ValueError,
-        r"`past_key_values` holds 0 layers.*RecurrentCache\(model.config\)",
+        r"The cache holds 0 layers.*RecurrentCache\(model.config\)",
     ),
     # arguments nobody reads
     "unknown": ({"input_ids": IDS, "attn_mask": torch.ones(2, 9)}, TypeError, "does not know: attn_mask"),
@@ -180,43 +180,43 @@ def test_language_model(model, inputs: dict, error: type, message: str) -> None:
 def test_cache_of_another_model(kind: str, other: dict, message: str) -> None:
     model, stranger = make_model(kind, num_hidden_layers=2), make_model(kind, **other)
     cache = RecurrentCache(stranger.config)
-    stranger(IDS, past_key_values=cache)
-    with pytest.raises(ValueError, match=rf"`past_key_values` holds .*{message}.*RecurrentCache\(model.config\)"):
-        model(IDS, past_key_values=cache)
+    stranger(IDS, cache=cache)
+    with pytest.raises(ValueError, match=rf"The cache holds .*{message}.*RecurrentCache\(model.config\)"):
+        model(IDS, cache=cache)
 
 
 @torch.no_grad()
 def test_cache_of_another_kind() -> None:
     cache = RecurrentCache(make_model("mamba2").config)
-    make_model("mamba2")(IDS, past_key_values=cache)
-    with pytest.raises(ValueError, match="`past_key_values` holds states of shapes"):
-        make_model("mamba")(IDS, past_key_values=cache)
+    make_model("mamba2")(IDS, cache=cache)
+    with pytest.raises(ValueError, match="The cache holds states of shapes"):
+        make_model("mamba")(IDS, cache=cache)
 
 
 @ALL_MODELS
 def test_cache_arguments_that_contradict_each_other(kind: str) -> None:
     model = make_model(kind)
     caches = [RecurrentCache(model.config) for _ in range(2)]
-    with pytest.raises(ValueError, match="two names for one cache"):
-        model(IDS, past_key_values=caches[0], cache_params=caches[1])
+    with pytest.raises(ValueError, match="names for one cache, but several"):
+        model(IDS, cache=caches[0], cache_params=caches[1])
     # one cache under both names is no contradiction
-    model(IDS, past_key_values=caches[0], cache_params=caches[0])
+    model(IDS, cache=caches[0], cache_params=caches[0])
     with pytest.raises(ValueError, match="use_cache=False; drop one of the two"):
-        model(IDS, past_key_values=caches[0], use_cache=False)
+        model(IDS, cache=caches[0], use_cache=False)
     with pytest.raises(ValueError, match="batch of 2, but the inputs have a batch of 1"):
-        model(ONE, past_key_values=caches[0])
+        model(ONE, cache=caches[0])
     model.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"gradient checkpointing.*pass no cache, or call model.eval\(\)"):
-        model(IDS, past_key_values=caches[0])
+        model(IDS, cache=caches[0])
 
 
 @ALL_MODELS
 def test_mask_over_a_cache_has_one_of_two_lengths(kind: str) -> None:
     model = make_model(kind)
     cache = RecurrentCache(model.config)
-    model(IDS, past_key_values=cache)
+    model(IDS, cache=cache)
     with pytest.raises(ValueError, match=r"\(2, 3\) or \(2, 12\) with the 9 cached tokens, got \(2, 9\)"):
-        model(IDS[:, :3], attention_mask=torch.ones(2, 9), past_key_values=cache)
+        model(IDS[:, :3], attention_mask=torch.ones(2, 9), cache=cache)
     assert cache.get_seq_length() == 9
 
 

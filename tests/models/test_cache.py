@@ -28,7 +28,7 @@ def fill(model, *pieces: torch.Tensor, recording: bool = False, cache: Recurrent
     if recording:
         cache.activate_past_recording()
     for piece in pieces:
-        model(piece, past_key_values=cache)
+        model(piece, cache=cache)
     return cache
 
 
@@ -38,7 +38,7 @@ def assert_goes_on(model, cache: RecurrentCache, seen: torch.Tensor, sizes: tupl
     assert cache.get_seq_length() == seen.shape[1]
     new = random_ids(seen.shape[0], sum(sizes), seed=77)
     expected = model(torch.cat([seen, new], dim=1), use_cache=False).logits[:, seen.shape[1] :]
-    actual = torch.cat([model(part, past_key_values=cache).logits for part in new.split(sizes, dim=1)], dim=1)
+    actual = torch.cat([model(part, cache=cache).logits for part in new.split(sizes, dim=1)], dim=1)
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max().item() <= TOLERANCE
 
@@ -159,11 +159,11 @@ def test_after_a_reset_the_batch_may_differ(kind: str, cache_class: type) -> Non
     model = make_model(kind)
     cache = cache_class(config=model.config)
     with torch.no_grad():
-        model(random_ids(1, 5), past_key_values=cache)
+        model(random_ids(1, 5), cache=cache)
         for batch in (3, 1):
             cache.reset()
             ids = random_ids(batch, 6, seed=batch)
-            logits = [model(part, past_key_values=cache).logits for part in ids.split([3, 1, 2], dim=1)]
+            logits = [model(part, cache=cache).logits for part in ids.split([3, 1, 2], dim=1)]
             assert (torch.cat(logits, dim=1) - model(ids).logits).abs().max().item() <= TOLERANCE
 
 
@@ -210,13 +210,13 @@ def test_crop_with_padding_among_the_pending_tokens(kind: str, side: str, count:
     cache, expected = RecurrentCache(model.config), RecurrentCache(model.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(ids[:, :1], attention_mask=mask[:, :1], past_key_values=cache)
-        model(ids[:, 1:], attention_mask=mask, past_key_values=cache)
+        model(ids[:, :1], attention_mask=mask[:, :1], cache=cache)
+        model(ids[:, 1:], attention_mask=mask, cache=cache)
         cache.crop(-count)
         left = 8 - count
-        model(ids[:, :left], attention_mask=mask[:, :left], past_key_values=expected)
+        model(ids[:, :left], attention_mask=mask[:, :left], cache=expected)
         for part in new.split([2, 1], dim=1):
-            logits = [model(part, past_key_values=c).logits for c in (cache, expected)]
+            logits = [model(part, cache=c).logits for c in (cache, expected)]
             assert (logits[0] - logits[1]).abs().max().item() <= TOLERANCE
     for state, other in zip(states_of(cache), states_of(expected), strict=True):
         assert torch.allclose(state, other, atol=TOLERANCE)
@@ -232,11 +232,11 @@ def test_outputs_leave_out_the_replayed_tokens(kind: str) -> None:
         new = random_ids(2, 4, seed=3)
         whole = model(torch.cat([ids[:, :7], new], dim=1), output_hidden_states=True)
         last = copy.deepcopy(cache)
-        output = model(new, past_key_values=cache, output_hidden_states=True)
+        output = model(new, cache=cache, output_hidden_states=True)
         assert output.logits.shape[1] == 4
         for states, expected in zip(output.hidden_states, whole.hidden_states, strict=True):
             assert states.shape[1] == 4 and torch.allclose(states, expected[:, 7:], atol=TOLERANCE)
-        kept = model(new, past_key_values=last, logits_to_keep=1, position_ids=torch.arange(7, 11)[None]).logits
+        kept = model(new, cache=last, logits_to_keep=1, position_ids=torch.arange(7, 11)[None]).logits
         assert torch.allclose(kept, whole.logits[:, -1:], atol=TOLERANCE)
 
 
@@ -247,7 +247,7 @@ def test_a_refused_call_loses_no_pending_tokens(kind: str) -> None:
     cache = fill(model, ids, recording=True)
     cache.crop(-2)
     with pytest.raises(ValueError, match="has 7 tokens to replay"):
-        model(random_ids(1, 2), past_key_values=cache, seq_idx=torch.tensor([[0, 1]]))
+        model(random_ids(1, 2), cache=cache, seq_idx=torch.tensor([[0, 1]]))
     assert_goes_on(model, cache, ids[:, :7])
 
 
@@ -311,13 +311,13 @@ def test_wrong_batch_and_wrong_cache_are_refused() -> None:
     model = make_model("mamba")
     cache = fill(model, random_ids(2, 4))
     with pytest.raises(ValueError, match="batch of 2, but the inputs have a batch of 3"):
-        model(random_ids(3, 1), past_key_values=cache)
+        model(random_ids(3, 1), cache=cache)
     with pytest.raises(TypeError, match="must be a transformers Cache, got dict"):
-        model(random_ids(2, 1), past_key_values={})
-    with pytest.raises(ValueError, match="two names for one cache"):
-        model(random_ids(2, 1), past_key_values=cache, cache_params=RecurrentCache(model.config))
+        model(random_ids(2, 1), cache={})
+    with pytest.raises(ValueError, match="names for one cache, but several"):
+        model(random_ids(2, 1), cache=cache, cache_params=RecurrentCache(model.config))
     with pytest.raises(ValueError, match="use_cache=False"):
-        model(random_ids(2, 1), past_key_values=cache, use_cache=False)
+        model(random_ids(2, 1), cache=cache, use_cache=False)
 
 
 @ALL_MODELS
@@ -328,7 +328,7 @@ def test_a_cache_crosses_inference_mode(kind: str) -> None:
     cache.activate_past_recording()
     with torch.inference_mode():
         for part in ids.split([5, 1, 2], dim=1):
-            model(part, past_key_values=cache)
+            model(part, cache=cache)
     cropped, started_again = copy.deepcopy(cache), copy.deepcopy(cache)
     assert_goes_on(model, cache, ids, sizes=(1, 2))
     cropped.crop(-2)
@@ -343,7 +343,7 @@ def test_states_hold_no_graph(kind: str) -> None:
     cache = RecurrentCache(model.config)
     cache.activate_past_recording()
     for part in random_ids(1, 9).split([4, 1, 4], dim=1):
-        model(part, past_key_values=cache)
+        model(part, cache=cache)
     cache.crop(-2)
     assert not any(state.requires_grad for state in states_of(cache))
     assert not cache._pending[0].requires_grad

@@ -13,7 +13,7 @@ LENGTH = 131
 def run_in_pieces(model, ids: torch.Tensor, sizes: list[int], **kwargs) -> torch.Tensor:
     cache = RecurrentCache(model.config)
     with torch.no_grad():
-        logits = [model(part, past_key_values=cache, **kwargs).logits for part in ids.split(sizes, dim=1)]
+        logits = [model(part, cache=cache, **kwargs).logits for part in ids.split(sizes, dim=1)]
     assert cache.get_seq_length() == ids.shape[1]
     return torch.cat(logits, dim=1)
 
@@ -60,7 +60,7 @@ def test_continuation_with_gradients_enabled(kind: str) -> None:
     model = make_model(kind)
     ids = random_ids(1, 10)
     cache = RecurrentCache(model.config)
-    parts = [model(part, past_key_values=cache).logits for part in ids.split([6, 1, 3], dim=1)]
+    parts = [model(part, cache=cache).logits for part in ids.split([6, 1, 3], dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), model(ids).logits, atol=1e-5)
     # each part has its own graph: the states between them are detached
     parts[2].sum().backward()
@@ -86,12 +86,12 @@ def test_padded_chunks_equal_the_rows_alone(kind: str, side: str) -> None:
     with torch.no_grad():
         outputs = []
         for start, stop in ((0, 6), (6, 7), (7, 14)):
-            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache)
             outputs.append(out.logits)
         logits = torch.cat(outputs, dim=1)
         for index, row in enumerate(rows):
             alone = RecurrentCache(model.config)
-            expected = model(row, past_key_values=alone).logits[0]
+            expected = model(row, cache=alone).logits[0]
             assert (logits[index][mask[index].bool()] - expected).abs().max().item() <= 1e-5
             for layer, single in zip(cache.layers, alone.layers, strict=True):
                 if single.has_previous_state[0]:

@@ -143,7 +143,7 @@ def test_chunked_prefill_needs_a_cache() -> None:
 
 
 @ALL_MODELS
-@pytest.mark.parametrize("name", ["past_key_values", "cache_params"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
 @pytest.mark.parametrize("chunk", [None, 2], ids=["whole", "chunks"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_three_turns_on_one_cache(kind: str, name: str, chunk: int | None, side: str) -> None:
@@ -186,7 +186,7 @@ def test_a_row_that_ended_early_goes_on_in_the_next_turn(kind: str, pad: int | s
     mask = torch.cat([mask, torch.ones(3, 1), ~ended, torch.ones(3, 2)], dim=1).long()
     sequences = torch.cat([first.sequences, random_ids(3, 2, seed=9)], dim=1)
     rows = [row[keep.bool()] for row, keep in zip(sequences, mask, strict=True)]
-    assert_continues(model, rows, sequences, 4, attention_mask=mask, past_key_values=first.past_key_values)
+    assert_continues(model, rows, sequences, 4, attention_mask=mask, cache=first.past_key_values)
 
 
 @ALL_MODELS
@@ -199,7 +199,7 @@ def test_only_the_new_tokens_with_a_mask_for_all(kind: str) -> None:
     # the last generated token has not been fed yet
     fed = torch.cat([first.sequences[:, -1:], new], dim=1)
     assert_continues(
-        model, list(whole), fed, 4, attention_mask=torch.ones_like(whole), past_key_values=first.past_key_values
+        model, list(whole), fed, 4, attention_mask=torch.ones_like(whole), cache=first.past_key_values
     )
 
 
@@ -212,7 +212,7 @@ def test_a_reset_cache_starts_again(kind: str) -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     other = random_ids(2, 4, seed=2)
-    assert_continues(model, list(other), other, 3, past_key_values=cache)
+    assert_continues(model, list(other), other, 3, cache=cache)
     assert storage == [
         state.data_ptr() for layer in cache.layers for state in layer.conv_states.values() if state is not None
     ]
@@ -224,8 +224,8 @@ def test_forward_and_generate_share_a_cache(kind: str) -> None:
     ids = random_ids(1, 9)
     cache = RecurrentCache(model.config)
     with torch.no_grad():
-        model(ids[:, :5], past_key_values=cache)
-    assert_continues(model, list(ids), ids, 4, past_key_values=cache)
+        model(ids[:, :5], cache=cache)
+    assert_continues(model, list(ids), ids, 4, cache=cache)
 
 
 def test_a_prompt_within_the_cache_is_refused() -> None:
@@ -234,9 +234,9 @@ def test_a_prompt_within_the_cache_is_refused() -> None:
     cache = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, **GREEDY).past_key_values
     for length in (5, 9):
         with pytest.raises(ValueError, match=f"has seen 9 tokens, so a prompt of {length} tokens"):
-            model.generate(random_ids(1, length), past_key_values=cache, max_new_tokens=2)
+            model.generate(random_ids(1, length), cache=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="batch of 1"):
-        model.generate(random_ids(2, 12), past_key_values=cache, max_new_tokens=2)
+        model.generate(random_ids(2, 12), cache=cache, max_new_tokens=2)
 
 
 def test_an_empty_prompt_is_refused() -> None:
@@ -247,16 +247,16 @@ def test_an_empty_prompt_is_refused() -> None:
 def test_two_different_caches_are_refused() -> None:
     model = make_talker("mamba")
     caches = RecurrentCache(model.config), RecurrentCache(model.config)
-    with pytest.raises(ValueError, match="two names for one cache"):
-        model.generate(random_ids(1, 3), past_key_values=caches[0], cache_params=caches[1], max_new_tokens=2)
+    with pytest.raises(ValueError, match="names for one cache, but several"):
+        model.generate(random_ids(1, 3), cache=caches[0], cache_params=caches[1], max_new_tokens=2)
     with pytest.raises(ValueError, match="use only one of the two"):
-        model.generate(random_ids(1, 3), past_key_values=caches[0], cache_implementation="static", max_new_tokens=2)
-    with pytest.raises(TypeError, match="must be a RecurrentCache, got list"):
-        model.generate(random_ids(1, 3), past_key_values=[], max_new_tokens=2)
+        model.generate(random_ids(1, 3), cache=caches[0], cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(TypeError, match="must be a transformers Cache, got list"):
+        model.generate(random_ids(1, 3), cache=[], max_new_tokens=2)
 
 
 @ALL_MODELS
-@pytest.mark.parametrize("name", ["past_key_values", "cache_params"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 def test_stock_caches_under_either_name(kind: str, name: str, cache_class: type) -> None:
     model = make_talker(kind)
@@ -277,7 +277,7 @@ def test_stock_caches_under_either_name(kind: str, name: str, cache_class: type)
 def test_a_used_stock_cache_needs_a_mask_that_tells_what_is_new() -> None:
     model = make_talker("mamba2")
     ids = random_ids(1, 6)
-    first = assert_continues(model, list(ids), ids, 4, past_key_values=DynamicCache(config=model.config))
+    first = assert_continues(model, list(ids), ids, 4, cache=DynamicCache(config=model.config))
     whole = torch.cat([first.sequences, random_ids(1, 3, seed=9)], dim=1)
     cache = first.past_key_values
     with pytest.raises(ValueError, match="DynamicCache` does not count"):

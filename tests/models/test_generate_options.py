@@ -203,7 +203,7 @@ def test_unknown_and_contradicting_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match="attention_mask"):
             model.generate(inputs_embeds=embeds, attention_mask=torch.zeros(1, mask.shape[1]), max_new_tokens=2)
     with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(ids, past_key_values=RecurrentCache(model.config), use_cache=False, max_new_tokens=2)
+        model.generate(ids, cache=RecurrentCache(model.config), use_cache=False, max_new_tokens=2)
 
 
 @ALL_MODELS
@@ -243,7 +243,7 @@ def test_a_decoding_loop_of_the_users_own(kind: str, cache_class: type) -> None:
             inputs = model.prepare_inputs_for_generation(
                 ids,
                 next_sequence_length=count,
-                past_key_values=cache,
+                cache=cache,
                 attention_mask=mask,
                 is_first_iteration=not step,
             )

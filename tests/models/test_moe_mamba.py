@@ -72,7 +72,7 @@ def test_full_equals_steps_equals_chunks(frame: str) -> None:
         expected = model(ids).logits
         for size in (1, 2, 3, 7, 64):
             cache = RecurrentCache(model.config)
-            parts = [model(part, past_key_values=cache).logits for part in ids.split(size, dim=1)]
+            parts = [model(part, cache=cache).logits for part in ids.split(size, dim=1)]
             assert (torch.cat(parts, dim=1) - expected).abs().max().item() <= 1e-5, size
 
 
@@ -121,8 +121,8 @@ def test_rows_do_not_see_each_other(frame: str) -> None:
     with torch.no_grad():
         expected = model(ids).logits
         order = torch.tensor([2, 0, 3, 1])
-        torch.testing.assert_close(model(ids[order]).logits, expected[order], atol=1e-6, rtol=0)
-        torch.testing.assert_close(model(ids[1:2]).logits, expected[1:2], atol=1e-6, rtol=0)
+        torch.testing.assert_close(model(ids[order]).logits, expected[order], atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(ids[1:2]).logits, expected[1:2], atol=1e-5, rtol=0)
 
 
 def test_packed_rows_with_padding_keep_the_order_of_the_input() -> None:
@@ -148,9 +148,9 @@ def test_replayed_tokens_have_no_router_logits() -> None:
     cache.activate_past_recording()
     with torch.no_grad():
         expected = model(ids, output_router_logits=True)
-        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, :6], cache=cache)
         cache.crop(-2)
-        outputs = model(ids[:, 4:], past_key_values=cache, output_router_logits=True)
+        outputs = model(ids[:, 4:], cache=cache, output_router_logits=True)
     torch.testing.assert_close(outputs.logits, expected.logits[:, 4:], atol=1e-5, rtol=0)
     for logits, full in zip(outputs.router_logits, expected.router_logits, strict=True):
         torch.testing.assert_close(logits, full.view(2, 9, -1)[:, 4:].flatten(0, 1), atol=1e-5, rtol=0)

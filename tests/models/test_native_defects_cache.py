@@ -48,7 +48,7 @@ def filled_cache(model, ids: torch.Tensor, recording: bool = False, **kwargs) ->
     cache = RecurrentCache(model.config)
     if recording:
         cache.activate_past_recording()
-    model(ids, past_key_values=cache, **kwargs)
+    model(ids, cache=cache, **kwargs)
     return cache
 
 
@@ -66,7 +66,7 @@ def test_defect_01_state_kept_over_multi_token_continuation(kind: str, cache_cla
 
 
 @ALL_MODELS
-@pytest.mark.parametrize("name", ["past_key_values", "cache_params"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
 def test_defect_02_full_sequence_over_a_returned_cache(kind: str, name: str) -> None:
     """Native generate() returns `past_key_values`, refuses it as an argument, and counts the prompt twice as `cache_params`."""
     model = make_model(kind, **TALKATIVE)
@@ -101,7 +101,7 @@ def test_defect_02_a_cache_that_has_seen_everything_is_refused(kind: str) -> Non
     ids = random_ids(1, 6)
     with pytest.raises(ValueError, match="has seen 6 tokens"):
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=filled_cache(model, ids), max_new_tokens=2
+            ids, attention_mask=torch.ones_like(ids), cache=filled_cache(model, ids), max_new_tokens=2
         )
 
 
@@ -116,11 +116,11 @@ def test_defect_03_full_length_mask_on_a_step(kind: str) -> None:
     expected = [all_logits(model, ids[:1])[0], all_logits(model, ids[1:, 4:])[0]]
     cache = filled_cache(model, ids[:, :7], attention_mask=mask[:, :7])
     for start, stop in ((7, 8), (8, 10), (10, 11)):
-        logits = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits
+        logits = model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache).logits
         assert_close(logits[0], expected[0][start:stop])
         assert_close(logits[1], expected[1][start - 4 : stop - 4])
     # the mask of the new token alone says the same
-    logits = model(ids[:, 11:], attention_mask=mask[:, 11:], past_key_values=cache).logits
+    logits = model(ids[:, 11:], attention_mask=mask[:, 11:], cache=cache).logits
     assert_close(logits[:, 0], torch.stack([expected[0][11], expected[1][7]]))
 
 
@@ -142,7 +142,7 @@ def test_defect_05_right_padded_prefill_leaves_the_right_cache(kind: str) -> Non
             [row[:, length + step : length + step + 1] for row, length in zip(rows, lengths, strict=True)]
         )
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        logits = model(tokens, attention_mask=mask, past_key_values=cache).logits[:, 0]
+        logits = model(tokens, attention_mask=mask, cache=cache).logits[:, 0]
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             assert_close(logits[index], all_logits(model, row[:, : length + step + 1])[0, -1])
 
@@ -154,7 +154,7 @@ def test_defect_06_time_step_limit_in_a_step(kind: str) -> None:
     model = make_model(kind, time_step_limit=(0.0, 0.05))
     ids = random_ids(2, 12)
     cache = filled_cache(model, ids[:, :6])
-    steps = [model(ids[:, [position]], past_key_values=cache).logits for position in range(6, 12)]
+    steps = [model(ids[:, [position]], cache=cache).logits for position in range(6, 12)]
     assert_close(torch.cat(steps, dim=1), all_logits(model, ids)[:, 6:])
     # the limit is not idle
     free = make_model(kind)
@@ -209,14 +209,14 @@ def test_defect_11_crop_rolls_back_exactly(kind: str) -> None:
     assert RecurrentCache.is_croppable
     prompt, wrong, right = random_ids(2, 7), random_ids(2, 6, seed=8), random_ids(2, 5, seed=9)
     cache = filled_cache(model, prompt, recording=True)
-    model(wrong, past_key_values=cache)
+    model(wrong, cache=cache)
     # accept two tokens of six, twice in a row without a forward in between
     cache.crop(-3)
     cache.crop(-1)
     assert cache.get_seq_length() == 9 and cache.pending_length == 2
     whole = torch.cat([prompt, wrong[:, :2], right], dim=1)
     expected = all_logits(model, whole)
-    parts = [model(part, past_key_values=cache).logits for part in right.split([1, 1, 3], dim=1)]
+    parts = [model(part, cache=cache).logits for part in right.split([1, 1, 3], dim=1)]
     assert_close(torch.cat(parts, dim=1), expected[:, 9:])
     assert cache.get_seq_length() == whole.shape[1] and cache.pending_length == 0
     assert_same_states(cache, filled_cache(model, whole))
@@ -230,11 +230,11 @@ def test_defect_11_crop_to_nothing_and_into_the_prompt(kind: str) -> None:
     cache = filled_cache(model, ids, recording=True)
     cache.crop(-3)
     assert_close(
-        model(other, past_key_values=cache).logits, all_logits(model, torch.cat([ids[:, :4], other], dim=1))[:, 4:]
+        model(other, cache=cache).logits, all_logits(model, torch.cat([ids[:, :4], other], dim=1))[:, 4:]
     )
     cache.crop(-cache.get_seq_length())
     assert cache.get_seq_length() == 0
-    assert_close(model(other, past_key_values=cache).logits, all_logits(model, other))
+    assert_close(model(other, cache=cache).logits, all_logits(model, other))
 
 
 @ALL_MODELS
@@ -246,9 +246,9 @@ def test_defect_11_crop_with_padding(kind: str) -> None:
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
     cache = filled_cache(model, ids[:, :4], recording=True, attention_mask=mask[:, :4])
-    model(ids[:, 4:9], attention_mask=mask[:, :9], past_key_values=cache)
+    model(ids[:, 4:9], attention_mask=mask[:, :9], cache=cache)
     cache.crop(-2)
-    logits = model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits
+    logits = model(ids[:, 7:], attention_mask=mask, cache=cache).logits
     assert_close(logits[0], all_logits(model, ids[:1])[0, 7:])
     assert_close(logits[1], all_logits(model, ids[1:, 6:])[0, 1:])
 
@@ -260,7 +260,7 @@ def test_defect_11_crop_zero_commits(kind: str) -> None:
     model = make_model(kind)
     ids = random_ids(1, 9)
     cache = filled_cache(model, ids[:, :3], recording=True)
-    model(ids[:, 3:7], past_key_values=cache)
+    model(ids[:, 3:7], cache=cache)
     cache.crop(-2)
     cache.crop(0)
     assert cache.get_seq_length() == 5
@@ -269,7 +269,7 @@ def test_defect_11_crop_zero_commits(kind: str) -> None:
     with pytest.raises(ValueError, match=r"back to token 2.*no snapshot that early"):
         cache.crop(-1)
     assert cache.get_seq_length() == 3
-    assert_close(model(ids[:, 3:], past_key_values=cache).logits, all_logits(model, ids)[:, 3:])
+    assert_close(model(ids[:, 3:], cache=cache).logits, all_logits(model, ids)[:, 3:])
 
 
 def test_defect_11_impossible_crops_are_refused() -> None:
@@ -285,7 +285,7 @@ def test_defect_11_impossible_crops_are_refused() -> None:
     short = RecurrentCache(model.config, max_snapshots=1)
     short.activate_past_recording()
     for part in random_ids(1, 6).split(2, dim=1):
-        model(part, past_key_values=short)
+        model(part, cache=short)
     with pytest.raises(ValueError, match="raise `max_snapshots`"):
         short.crop(-3)
 
@@ -301,14 +301,14 @@ def test_defect_11_partial_accepts_do_not_grow_the_replay(kind: str) -> None:
     hook = model.backbone.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
     for turn in range(16):
         candidates = random_ids(1, 6, seed=100 + turn)
-        model(candidates, past_key_values=cache)
+        model(candidates, cache=cache)
         cache.crop(-3)
         kept = torch.cat([kept, candidates[:, :3]], dim=1)
         assert cache.get_seq_length() == kept.shape[1]
     hook.remove()
     assert max(widths) <= MAX_REPLAY + 6
     last = random_ids(1, 2, seed=99)
-    assert_close(model(last, past_key_values=cache).logits, all_logits(model, torch.cat([kept, last], dim=1))[:, -2:])
+    assert_close(model(last, cache=cache).logits, all_logits(model, torch.cat([kept, last], dim=1))[:, -2:])
 
 
 @ALL_MODELS
@@ -330,18 +330,18 @@ def test_defect_12_batch_operations(kind: str, pending: bool) -> None:
 
     cache = fresh()
     cache.reorder_cache(torch.tensor([2, 0, 0]))
-    assert_close(model(tail[[2, 0, 0]], past_key_values=cache).logits, expected[[2, 0, 0]])
+    assert_close(model(tail[[2, 0, 0]], cache=cache).logits, expected[[2, 0, 0]])
 
     cache = fresh()
     cache.batch_repeat_interleave(2)
     assert_close(
-        model(tail.repeat_interleave(2, dim=0), past_key_values=cache).logits, expected.repeat_interleave(2, dim=0)
+        model(tail.repeat_interleave(2, dim=0), cache=cache).logits, expected.repeat_interleave(2, dim=0)
     )
 
     for rows in (torch.tensor([2, 1]), torch.tensor([True, False, True])):
         cache = fresh()
         cache.batch_select_indices(rows)
-        assert_close(model(tail[rows], past_key_values=cache).logits, expected[rows])
+        assert_close(model(tail[rows], cache=cache).logits, expected[rows])
         assert cache.get_seq_length() == length + 3
 
 
@@ -352,7 +352,7 @@ def test_defect_12_batch_operations_reach_the_snapshots(kind: str) -> None:
     model = make_model(kind)
     ids, tail = random_ids(3, 8), random_ids(3, 3, seed=4)
     cache = filled_cache(model, ids[:, :5], recording=True)
-    model(ids[:, 5:], past_key_values=cache)
+    model(ids[:, 5:], cache=cache)
     rows = torch.tensor([2, 0])
     cache.batch_select_indices(rows)
     cache.reorder_cache(torch.tensor([1, 0]))
@@ -360,7 +360,7 @@ def test_defect_12_batch_operations_reach_the_snapshots(kind: str) -> None:
     cache.crop(-2)
     order = torch.tensor([0, 0, 2, 2])
     expected = all_logits(model, torch.cat([ids[:, :6], tail], dim=1))[:, 6:]
-    assert_close(model(tail[order], past_key_values=cache).logits, expected[order])
+    assert_close(model(tail[order], cache=cache).logits, expected[order])
 
 
 @ALL_MODELS
@@ -372,5 +372,5 @@ def test_defect_12_reset(kind: str) -> None:
     cache.crop(-2)
     cache.reset()
     assert cache.get_seq_length() == cache.pending_length == 0
-    assert_close(model(ids, past_key_values=cache).logits, all_logits(model, ids))
+    assert_close(model(ids, cache=cache).logits, all_logits(model, ids))
     assert_same_states(cache, filled_cache(model, ids))

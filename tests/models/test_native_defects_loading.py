@@ -131,7 +131,7 @@ def test_defect_17_wrapped_linear_layers_take_effect_everywhere(kind: str) -> No
         scale = expected.abs().max()
         assert (scaled(ids).logits - expected).abs().max() <= 1e-5 * scale
         cache = RecurrentCache(scaled.config)
-        parts = [scaled(part, past_key_values=cache).logits for part in ids.split([8, 1, 1, 4], dim=1)]
+        parts = [scaled(part, cache=cache).logits for part in ids.split([8, 1, 1, 4], dim=1)]
         assert (torch.cat(parts, dim=1) - expected).abs().max() <= 1e-5 * scale
     for trained in (model.train(), scaled.train()):
         trained(ids, labels=ids).loss.backward()
@@ -154,7 +154,7 @@ def test_defect_17_hooks_on_linear_layers_fire(kind: str) -> None:
         output = model(ids, use_cache=True)
         assert set(called) == set(names)
         called.clear()
-        model(ids[:, :1], past_key_values=output.past_key_values)
+        model(ids[:, :1], cache=output.past_key_values)
     assert set(called) == set(names)
 
 
@@ -240,7 +240,7 @@ def test_defect_23_lora_reaches_every_projection(kind: str) -> None:
         expected = adapted(input_ids=ids).logits
         assert (expected - plain).abs().max() > 0.05
         cache = RecurrentCache(model.config)
-        parts = [adapted(input_ids=part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 6], dim=1)]
+        parts = [adapted(input_ids=part, cache=cache).logits for part in ids.split([9, 1, 1, 6], dim=1)]
         assert (torch.cat(parts, dim=1) - expected).abs().max() <= TOLERANCE
         merged = adapted.merge_and_unload()
         assert (merged(ids).logits - expected).abs().max() <= TOLERANCE

@@ -93,7 +93,7 @@ def test_padding_columns_everywhere(kind: str) -> None:
     assert output.logits.isfinite().all()
     assert (output.logits[::2] - model(ids[::2]).logits).abs().max() <= TOLERANCE
     follow = random_ids(3, 3, seed=9)
-    logits = model(follow, past_key_values=output.past_key_values).logits
+    logits = model(follow, cache=output.past_key_values).logits
     assert (logits[1] - model(follow[[1]]).logits[0]).abs().max() <= TOLERANCE
 
 

@@ -57,10 +57,10 @@ def test_defect_08_hidden_states_with_padding_and_a_cache(kind: str) -> None:
         assert (hidden_states[1, 3:] - expected[0]).abs().max() <= TOLERANCE
     cache = RecurrentCache(model.config)
     cache.activate_past_recording()
-    model(ids[:1, :6], past_key_values=cache)
+    model(ids[:1, :6], cache=cache)
     cache.crop(-2)
     whole = model(ids[:1, :7], output_hidden_states=True).hidden_states
-    step = model(ids[:1, 4:7], past_key_values=cache, output_hidden_states=True).hidden_states
+    step = model(ids[:1, 4:7], cache=cache, output_hidden_states=True).hidden_states
     for hidden_states, expected in zip(step, whole, strict=True):
         assert hidden_states.shape == (1, 3, model.config.hidden_size)
         assert (hidden_states - expected[:, 4:]).abs().max() <= TOLERANCE

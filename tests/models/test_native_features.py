@@ -69,7 +69,7 @@ def test_autocast_over_a_cache(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         full = model(ids).logits
         cache = RecurrentCache(model.config)
-        parts = [model(part, past_key_values=cache).logits for part in ids.split([7, 1, 4], dim=1)]
+        parts = [model(part, cache=cache).logits for part in ids.split([7, 1, 4], dim=1)]
     assert (torch.cat(parts, dim=1) - full).abs().max() <= 0.05 * full.abs().max()
 
 
@@ -98,9 +98,9 @@ def test_logits_to_keep(kind: str) -> None:
     # the last of the new tokens, whatever is replayed before them
     cache = RecurrentCache(model.config)
     cache.activate_past_recording()
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], cache=cache)
     cache.crop(-3)
-    logits = model(ids[:, 3:], past_key_values=cache, logits_to_keep=2).logits
+    logits = model(ids[:, 3:], cache=cache, logits_to_keep=2).logits
     assert (logits - expected[:, -2:]).abs().max() <= TOLERANCE
 
 
@@ -123,8 +123,8 @@ def test_a_cache_with_pending_tokens_is_copied(kind: str, way: str) -> None:
     ids = random_ids(2, 12)
     cache = RecurrentCache(model.config)
     cache.activate_past_recording()
-    model(ids[:, :5], past_key_values=cache)
-    model(ids[:, 5:9], past_key_values=cache)
+    model(ids[:, :5], cache=cache)
+    model(ids[:, 5:9], cache=cache)
     cache.crop(-2)
     if way == "deepcopy":
         other = copy.deepcopy(cache)
@@ -136,10 +136,10 @@ def test_a_cache_with_pending_tokens_is_copied(kind: str, way: str) -> None:
         file.seek(0)
         other = torch.load(file, weights_only=False)
     expected = model(ids).logits[:, 7:]
-    assert (model(ids[:, 7:], past_key_values=cache).logits - expected).abs().max() <= TOLERANCE
+    assert (model(ids[:, 7:], cache=cache).logits - expected).abs().max() <= TOLERANCE
     # the first one has moved on, the copy has not
     assert other.get_seq_length() == 7
-    assert (model(ids[:, 7:], past_key_values=other).logits - expected).abs().max() <= TOLERANCE
+    assert (model(ids[:, 7:], cache=other).logits - expected).abs().max() <= TOLERANCE
 
 
 @ALL_MODELS

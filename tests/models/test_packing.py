@@ -158,10 +158,10 @@ def test_rows_packed_differently(kind: str, form: str) -> None:
 def test_states_after_packing_are_those_of_the_last_sequence(kind: str, form: str) -> None:
     model = make_packing_model(kind)
     cache = RecurrentCache(model.config)
-    model(**packed_inputs(form), past_key_values=cache)
+    model(**packed_inputs(form), cache=cache)
     last, tail = sequences()[-1], random_ids(1, 4, seed=3)
     expected = model(torch.cat([last, tail], dim=1)).logits[:, -4:]
-    assert (model(tail, past_key_values=cache).logits - expected).abs().max() <= TOLERANCE
+    assert (model(tail, cache=cache).logits - expected).abs().max() <= TOLERANCE
 
 
 @ALL_MODELS
@@ -171,9 +171,9 @@ def test_packing_over_a_cache_continues_the_first_sequence(kind: str) -> None:
     model = make_packing_model(kind)
     first, second = random_ids(1, 9), random_ids(1, 5, seed=2)
     cache = RecurrentCache(model.config)
-    model(first[:, :6], past_key_values=cache)
+    model(first[:, :6], cache=cache)
     piece = torch.cat([first[:, 6:], second], dim=1)
-    logits = model(piece, seq_idx=torch.tensor([[0] * 3 + [1] * 5]), past_key_values=cache).logits
+    logits = model(piece, seq_idx=torch.tensor([[0] * 3 + [1] * 5]), cache=cache).logits
     expected = torch.cat([model(first).logits[:, 6:], model(second).logits], dim=1)
     assert (logits - expected).abs().max() <= TOLERANCE
 

@@ -1,27 +1,23 @@
 """The Triton selective scan against the fp64 oracle.
 
-Tests marked `gpu` run the compiled kernels. The others run the same kernels under Triton's interpreter on the CPU, at toy sizes:
-the interpreter must be chosen before triton is imported, so this file runs itself in a second process and reads its figures.
+Tests marked `gpu` run the compiled kernels. The others run the same kernels under Triton's interpreter, at toy sizes.
 """
 
 import importlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mamba_kernels import selective_scan
+
+from .comparison import TOLERANCES
+from .interpreter import Errors, errors_under_interpreter, print_errors
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "mamba_kernels.selective_scan."
-# RMS of the error over the RMS of the expected value
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 OPERANDS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 
 # id: what differs from a plain call; `channels` and `tile` of a program, `chunk` and `split` shape the launch
@@ -145,7 +141,7 @@ def run_toy_case(
     forward = importlib.import_module(PACKAGE + "triton_forward")
     backward = importlib.import_module(PACKAGE + "triton_backward")
     tuning = forward.Tuning(channels=channels, tile=2)
-    forward.FORWARD = forward.CHUNK_STATES = backward.BACKWARD = tuning
+    forward.FORWARD = forward.CHUNK_STATES = backward.BACKWARD = backward.SWEEP = tuning
     forward.SHORTEST_CHUNK = forward.LONGEST_CHUNK = chunk
     forward.UNSPLIT_PROGRAMS = 1 << 30 if split else 0
     forward.FORWARD_REGISTER_STATES = registers
@@ -162,21 +158,12 @@ def run_toy_case(
 
 
 @pytest.fixture(scope="module")
-def toy_errors() -> dict[str, dict[str, float]]:
-    """What `python test_selective_scan_triton.py` prints: the errors of every toy case, under the interpreter."""
-    paths = [ROOT, ROOT / "kernels" / "torch-ext", *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(str(path) for path in paths),
-    }
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+def toy_errors() -> Errors:
+    return errors_under_interpreter(__name__)
 
 
 @pytest.mark.parametrize("case", list(TOY_CASES))
-def test_kernels_under_the_interpreter(toy_errors: dict[str, dict[str, float]], case: str) -> None:
+def test_kernels_under_the_interpreter(toy_errors: Errors, case: str) -> None:
     tolerance = TOLERANCES[TOY_CASES[case].get("dtype", torch.float32)]
     wrong = {name: error for name, error in toy_errors[case].items() if not error <= tolerance}
     assert not wrong
@@ -187,7 +174,7 @@ def assert_within_tolerance(errors: dict[str, float], dtype: torch.dtype) -> Non
     assert not wrong
 
 
-DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "bf16", "fp16"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
 
 @pytest.mark.gpu
@@ -268,11 +255,10 @@ def test_same_bits_every_time_on_gpu() -> None:
 
 @pytest.mark.gpu
 def test_compiles_without_graph_breaks_on_gpu() -> None:
-    scan = importlib.import_module(PACKAGE + "triton_scan").selective_scan_triton
     operands = make_operands(2, 300, 128, 16, device="cuda", initial=True)
     weights = (torch.randn_like(operands["x"]), torch.randn(2, 128, 16, device="cuda"))
-    expected = differentiate(scan, operands, weights, None)
-    actual = differentiate(torch.compile(scan, fullgraph=True), operands, weights, None)
+    expected = differentiate(selective_scan, operands, weights, None)
+    actual = differentiate(torch.compile(selective_scan, fullgraph=True), operands, weights, None)
     for name, value in expected.items():
         torch.testing.assert_close(
             actual[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
@@ -311,6 +297,4 @@ def test_more_than_two_to_the_31_elements_on_gpu() -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    print(json.dumps({name: run_toy_case(**case) for name, case in TOY_CASES.items()}))
+    print_errors(run_toy_case, TOY_CASES)

@@ -1,30 +1,26 @@
 """The Triton state updates against the fp64 oracles and the parallel ops.
 
-Tests marked `gpu` run the compiled kernels. The others run the same kernels under Triton's interpreter on the CPU, at toy sizes:
-the interpreter must be chosen before triton is imported, so this file runs itself in a second process and reads its figures.
+Tests marked `gpu` run the compiled kernels. The others run the same kernels under Triton's interpreter, at toy sizes.
 """
 
 import importlib
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import mamba_kernels
+
+from .comparison import TOLERANCES
+from .interpreter import Errors, errors_under_interpreter, print_errors
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "mamba_kernels.state_update."
 SELECTIVE, SSD = "selective_state_update", "ssd_state_update"
-# RMS of the error over the RMS of the expected value
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
-FP32, BF16, FP16 = TOLERANCES
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ROWS = [4, -1, 0]
 
 # id: what differs from a call of three entries with one token, D, z and dt_bias
@@ -50,16 +46,6 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "ssd-fp16-state": {"op": SSD, "state_dtype": FP16},
     "ssd-strided": {"op": SSD, "strided": True, "tokens": 2, "groups": 2},
 }
-
-
-def poisoned_empty(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`torch.empty` that leaves NaN in place of whatever was there before."""
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        value = original(*args, **kwargs)
-        return value.fill_(float("nan")) if value.is_floating_point() else value
-
-    return empty
 
 
 def make_operands(
@@ -170,17 +156,8 @@ def run_toy_case(**case: Any) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def toy_errors() -> dict[str, dict[str, float]]:
-    """What `python test_state_update_triton.py` prints: the errors of every toy case, under the interpreter."""
-    paths = [ROOT, ROOT / "kernels" / "torch-ext", *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(str(path) for path in paths),
-    }
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+def toy_errors() -> Errors:
+    return errors_under_interpreter(__name__)
 
 
 def assert_within_tolerance(
@@ -192,18 +169,12 @@ def assert_within_tolerance(
 
 
 @pytest.mark.parametrize("case", list(TOY_CASES))
-def test_kernels_under_the_interpreter(toy_errors: dict[str, dict[str, float]], case: str) -> None:
+def test_kernels_under_the_interpreter(toy_errors: Errors, case: str) -> None:
     assert_within_tolerance(toy_errors[case], state_dtype=TOY_CASES[case].get("state_dtype", FP32))
 
 
-DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "bf16", "fp16"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 OPS = pytest.mark.parametrize("op", [SELECTIVE, SSD])
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch, "empty", poisoned_empty(torch.empty))
-    yield
 
 
 @pytest.mark.gpu
@@ -339,7 +310,7 @@ def test_compiles_without_graph_breaks_on_gpu(op: str) -> None:
     state = operands.pop("state")
     other = state.clone()
     expected = triton_op(op)(state, **operands)
-    actual = torch.compile(triton_op(op), fullgraph=True)(other, **operands)
+    actual = torch.compile(getattr(mamba_kernels, op), fullgraph=True)(other, **operands)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other, state, rtol=1e-5, atol=1e-5)
 
@@ -375,7 +346,4 @@ def test_more_programs_than_a_second_grid_axis_has_on_gpu(op: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    torch.empty = poisoned_empty(torch.empty)  # type: ignore[assignment]
-    print(json.dumps({name: run_toy_case(**case) for name, case in TOY_CASES.items()}))
+    print_errors(run_toy_case, TOY_CASES)

@@ -2,6 +2,7 @@
 
 import transformers
 
+from ...cache_names import CACHE_NAMES
 from ..validation import check_common_fields, check_positive, plain_errors
 
 __all__ = ["Mamba2Config", "check_ssd_fields"]
@@ -28,7 +29,7 @@ class Mamba2Config(transformers.Mamba2Config):
 
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
-    keys_to_ignore_at_inference = ["past_key_values", "cache_params"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES]
 
     def __post_init__(self, **kwargs):
         # transformers builds a list of this length

@@ -5,13 +5,16 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ...cache_names import CACHE_NAMES
 from ..mamba2.configuration_mamba2 import check_ssd_fields
-from ..validation import check_choice, check_common_fields, check_positive, plain_errors
+from ..validation import check_choice, check_common_fields, check_finite, check_positive, plain_errors
 
 __all__ = ["LAYER_KINDS", "MoeMambaConfig"]
 
 # what an entry of `layers_block_type` may be
 LAYER_KINDS = ("mamba", "moe", "mlp", "parallel_moe", "parallel_mlp")
+
+NORM_TYPES = ("layernorm", "rmsnorm", "biased_rmsnorm")
 
 DEFAULT_NUM_LAYERS = 16
 
@@ -34,12 +37,15 @@ class MoeMambaConfig(PreTrainedConfig):
             `n_groups`, `chunk_size` and `time_step_limit`. `state_size` is 16 or 128 by default.
         expand: the mixer's inner width is expand * hidden_size; it is kept as `intermediate_size`, as in `MambaConfig`,
             and is not the width of any feed-forward layer.
-        norm_type, final_norm_type: "layernorm" (with bias) or "rmsnorm"; the latter is `norm_type` by default.
+        norm_type, final_norm_type: "layernorm" (with bias), "rmsnorm" or "biased_rmsnorm"; the latter is `norm_type` by
+            default.
         final_norm: whether there is a norm after the last layer.
         lm_head_bias: whether the language model's head has a bias.
 
     Experts:
         num_experts, num_experts_per_tok: E experts, of which each token goes to the k with the highest scores.
+        layers_num_experts: E of each layer, where layers differ: a list as long as there are layers, 0 for those without
+            experts. `num_experts` is then the greatest of them. By default every layer has `num_experts`.
         moe_intermediate_size: F, the width of one expert; by default 3 * hidden_size.
         moe_hidden_act, moe_gated, moe_bias: an expert is `down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`.
         num_shared_experts, shared_expert_intermediate_size: experts that every token passes, added with weight 1; the
@@ -52,6 +58,11 @@ class MoeMambaConfig(PreTrainedConfig):
         router_bias: whether the logits have a bias.
         norm_topk_prob: divide the k weights of a token by their sum. With k = 1 the weight is then 1 and the router
             learns from its auxiliary losses alone.
+        router_scaling_factor: the weights are multiplied by it, after they are divided.
+        router_selection_bias: keep a bias of the scores that counts when experts are chosen, but not in their weights
+            (DeepSeek-V3, arXiv 2412.19437). It comes from the checkpoint; training leaves it as it is.
+        router_num_groups, router_topk_groups: the experts form that many groups of neighbours; those of the best
+            `router_topk_groups` can be chosen, judged by their best expert, or two best with a selection bias.
         router_jitter_noise: in training, multiply the router's input by a uniform draw from 1 ± this value.
         capacity_factor: in training, an expert takes at most `int(capacity_factor * tokens * k / E)` tokens of a batch,
             the first ones in sequence order, row by row; for the others its output is 0. None: no limit. In evaluation
@@ -80,7 +91,7 @@ class MoeMambaConfig(PreTrainedConfig):
 
     model_type = "moe_mamba"
     attribute_map = {"num_local_experts": "num_experts"}
-    keys_to_ignore_at_inference = ["past_key_values", "cache_params", "aux_loss", "z_loss", "router_logits"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "aux_loss", "z_loss", "router_logits"]
 
     vocab_size: int = 50257
     hidden_size: int = 512
@@ -123,6 +134,7 @@ class MoeMambaConfig(PreTrainedConfig):
 
     num_experts: int = 42
     num_experts_per_tok: int = 1
+    layers_num_experts: list[int] | None = None
     moe_intermediate_size: int | None = None
     moe_hidden_act: str = "relu"
     moe_gated: bool = False
@@ -137,6 +149,10 @@ class MoeMambaConfig(PreTrainedConfig):
     router_scoring: str = "softmax"
     router_bias: bool = False
     norm_topk_prob: bool = False
+    router_scaling_factor: float | int = 1.0
+    router_selection_bias: bool = False
+    router_num_groups: int = 1
+    router_topk_groups: int = 1
     router_jitter_noise: float | int = 0.0
     capacity_factor: float | int | None = None
     router_aux_loss_coef: float | int = 0.01
@@ -151,6 +167,7 @@ class MoeMambaConfig(PreTrainedConfig):
         self._check_options()
         self._fill_in_sizes(kwargs.pop("intermediate_size", None))
         self._fill_in_layers()
+        self._check_expert_counts()
         super().__post_init__(**kwargs)
         check_common_fields(self)
         if self.mixer_type == "mamba2":
@@ -232,24 +249,66 @@ class MoeMambaConfig(PreTrainedConfig):
                 "kind into `layers_block_type`, or raise `expert_layer_period`."
             )
 
+    def _check_expert_counts(self) -> None:
+        """Resolve `layers_num_experts`, and hold every layer's number of experts against the router's options."""
+        counts = self.layers_num_experts
+        kinds = self.layers_block_type or []
+        if counts is not None:
+            if len(counts) != len(kinds):
+                raise ValueError(
+                    f"MoeMambaConfig: `layers_num_experts` has {len(counts)} entries for {len(kinds)} layers; give one for "
+                    "each layer, 0 for those without experts."
+                )
+            for index, (kind, count) in enumerate(zip(kinds, counts, strict=True)):
+                if isinstance(count, bool) or (count < 1 if kind.endswith("moe") else count != 0):
+                    wanted = "a positive integer" if kind.endswith("moe") else "0"
+                    raise ValueError(
+                        f"MoeMambaConfig: `layers_num_experts` must be {wanted} at layer {index}, which is of the kind "
+                        f"{kind!r}, got {count}."
+                    )
+            if len({count for count in counts if count}) > 1 and self.router_aux_loss_reduction == "pooled":
+                raise ValueError(
+                    "MoeMambaConfig: `router_aux_loss_reduction` 'pooled' averages over layers with the same number of "
+                    "experts, but those of `layers_num_experts` differ; use 'sum'."
+                )
+            self.num_experts = max(counts) or self.num_experts
+        check_positive(self, "router_num_groups", "router_topk_groups")
+        groups, chosen = self.router_num_groups, self.router_topk_groups
+        if chosen > groups:
+            raise ValueError(
+                f"MoeMambaConfig: `router_topk_groups` must not exceed `router_num_groups` {groups}, got {chosen}."
+            )
+        for count in sorted({count for count in counts if count} if counts is not None else {self.num_experts}):
+            if count % groups:
+                raise ValueError(
+                    f"MoeMambaConfig: `router_num_groups` must divide the number of experts {count}, got {groups}."
+                )
+            size = count // groups
+            if self.num_experts_per_tok > chosen * size:
+                raise ValueError(
+                    f"MoeMambaConfig: `num_experts_per_tok` must not exceed `num_experts` {chosen * size}"
+                    f"{'' if groups == 1 else f' that {chosen} of {groups} groups hold'}, got {self.num_experts_per_tok}."
+                )
+            if groups > 1 and self.router_selection_bias and size < 2:
+                raise ValueError(
+                    "MoeMambaConfig: with `router_selection_bias` a group is judged by its two best experts, but "
+                    f"`router_num_groups` {groups} leaves {size} of {count} to a group."
+                )
+
     def _check_options(self) -> None:
         # importing the table of activations pulls in all of transformers' modeling code
         from transformers.activations import ACT2FN
 
         check_choice(self, "mixer_type", ("mamba", "mamba2"))
         check_choice(self, "parallel_norm", ("shared", "separate"))
-        check_choice(self, "norm_type", ("layernorm", "rmsnorm"))
-        check_choice(self, "final_norm_type", (None, "layernorm", "rmsnorm"))
+        check_choice(self, "norm_type", NORM_TYPES)
+        check_choice(self, "final_norm_type", (None, *NORM_TYPES))
         check_choice(self, "router_scoring", ("softmax", "sigmoid"))
         check_choice(self, "router_aux_loss_reduction", ("sum", "pooled"))
         check_choice(self, "time_step_init_scheme", ("random", "constant"))
         check_choice(self, "moe_hidden_act", tuple(ACT2FN))
         check_choice(self, "mlp_hidden_act", (None, *ACT2FN))
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"MoeMambaConfig: `num_experts_per_tok` must not exceed `num_experts` {self.num_experts}, got "
-                f"{self.num_experts_per_tok}."
-            )
+        check_finite(self, "router_scaling_factor", minimum=0.0, above=True)
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(
                 f"MoeMambaConfig: `capacity_factor` must be positive, or None for no limit, got {self.capacity_factor}."

@@ -13,22 +13,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
 
 from ...layers import LayerNorm, RMSNorm, SelectiveScanMixer, SSDMixer
-from ...layers.switch import TopKRouter, load_balancing_loss, router_z_loss, within_capacity
+from ...layers.switch import TopKRouter, load_balancing_loss, router_z_loss
 from ...sequences import SequenceLayout
 from ..classifiers import RecurrentForSequenceClassification, RecurrentForTokenClassification
 from ..heads import RecurrentForCausalLM
 from ..outputs import RecurrentCausalLMOutput, RecurrentClassifierOutput, RecurrentModelOutput
 from ..recurrent import RecurrentModel, RecurrentPreTrainedModel
 from .configuration_moe_mamba import MoeMambaConfig
+from .experts import MoeMambaMLP, MoeMambaSparseMoe, StackedExperts, truncated_normal_
 
 __all__ = [
     "MoeMambaCausalLMOutput",
@@ -40,8 +37,6 @@ __all__ = [
     "MoeMambaModelOutput",
     "MoeMambaPreTrainedModel",
 ]
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -78,181 +73,6 @@ class MoeMambaClassifierOutput(RecurrentClassifierOutput):
     router_logits: tuple[Tensor, ...] | None = None
 
 
-@use_experts_implementation
-class StackedExperts(nn.Module):
-    """E feed-forward networks with their weights stacked; transformers' experts interface chooses how they are run.
-
-    Parameters: `up_proj` (E, F, d), or gated `gate_up_proj` (E, 2F, d) with the gate's rows first; `down_proj` (E, d, F);
-    with `moe_bias` also `…_bias` (E, F), (E, 2F) and (E, d).
-    """
-
-    config: MoeMambaConfig
-    down_proj: nn.Parameter
-    has_gate: bool
-    has_bias: bool
-
-    def __init__(self, config) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
-        self.act_fn = ACT2FN[config.moe_hidden_act]
-        width = (2 if config.moe_gated else 1) * self.intermediate_dim
-        self.up_name = "gate_up_proj" if config.moe_gated else "up_proj"
-        shapes = {self.up_name: (width, self.hidden_dim), "down_proj": (self.hidden_dim, self.intermediate_dim)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, *shape)))
-            if config.moe_bias:
-                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(self.num_experts, shape[0])))
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run each expert on its tokens.
-
-        Args:
-            hidden_states: (N, d).
-            top_k_index: (N, k) integer.
-            top_k_weights: (N, k).
-
-        Returns:
-            (N, d), the weighted sum over a token's experts.
-        """
-        return self.run_one_by_one(hidden_states, top_k_index, top_k_weights)
-
-    def run_one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The implementation "eager": one expert after another, those without tokens left out."""
-        out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
-        for expert in top_k_index.unique().tolist():
-            token, slot = torch.where(top_k_index == expert)
-            inner = self._project(self.up_name, expert, hidden_states[token])
-            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-            update = self._project("down_proj", expert, inner) * top_k_weights[token, slot, None]
-            out = out.index_add(0, token, update.to(out.dtype))
-        return out.to(hidden_states.dtype)
-
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
-
-    def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
-        bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        return F.linear(x, getattr(self, name)[expert], bias)
-
-    @torch.no_grad()
-    def init_weights(self, scale: float) -> None:
-        """Truncated normal; the second matrix with fan-in E·F, as the paper's code has it."""
-        truncated_normal_(getattr(self, self.up_name), scale, fan_in=self.hidden_dim)
-        truncated_normal_(self.down_proj, scale, fan_in=self.num_experts * self.intermediate_dim)
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("_bias"):
-                init.zeros_(parameter)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_experts}, {self.hidden_dim} -> {self.intermediate_dim} -> {self.hidden_dim}"
-
-
-class MoeMambaExperts(StackedExperts):
-    """The experts of one layer, gated or not, with biases or not."""
-
-    def __init__(self, config) -> None:
-        super().__init__(config)
-        # the decorator fixes both for a class; here they are a matter of the configuration
-        self.has_gate, self.has_bias = config.moe_gated, config.moe_bias
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As in `StackedExperts`, by the implementation that the configuration names, if it can."""
-        if self.config._experts_implementation == "grouped_mm" and not self._grouped_mm_fits():
-            return self.run_one_by_one(hidden_states, top_k_index, top_k_weights)
-        return super().forward(hidden_states, top_k_index, top_k_weights)
-
-    def _grouped_mm_fits(self) -> bool:
-        """torch's grouped product knows no fp64 and wants rows of whole 16 bytes."""
-        dtype = self.down_proj.dtype
-        if dtype == torch.float64:
-            return False
-        if self.hidden_dim * dtype.itemsize % 16 == 0 and self.intermediate_dim * dtype.itemsize % 16 == 0:
-            return True
-        logger.warning_once(
-            f"The experts run one by one, which is slow: `hidden_size` {self.hidden_dim} and `moe_intermediate_size` "
-            f"{self.intermediate_dim} must be multiples of {16 // dtype.itemsize} for grouped matrix products in {dtype}."
-        )
-        return False
-
-
-class MoeMambaMLP(nn.Module):
-    """Dense feed-forward network `down(act(up(x)))`, or gated `down(act(gate(x)) · up(x))` with the gate's rows first."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, gated: bool, bias: bool):
-        super().__init__()
-        self.gated = gated
-        self.act_fn = ACT2FN[activation]
-        if gated:
-            self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
-        else:
-            self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(…, d) → (…, d)."""
-        if self.gated:
-            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-            return self.down_proj(self.act_fn(gate) * up)
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-class MoeMambaSparseMoe(nn.Module):
-    """A Switch layer (arXiv 2401.04081, §3.2): each token passes the k experts its router chose, weighted by their scores."""
-
-    def __init__(self, config) -> None:
-        super().__init__()
-        self.capacity_factor = config.capacity_factor
-        self.router = TopKRouter(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            scoring=config.router_scoring,
-            normalize=config.norm_topk_prob,
-            bias=config.router_bias,
-            jitter_noise=config.router_jitter_noise,
-        )
-        self.experts = MoeMambaExperts(config)
-        self.shared_experts: MoeMambaMLP | None = None
-        if config.num_shared_experts:
-            self.shared_experts = MoeMambaMLP(
-                config.hidden_size,
-                config.num_shared_experts * config.shared_expert_intermediate_size,
-                activation=config.moe_hidden_act,
-                gated=config.moe_gated,
-                bias=config.moe_bias,
-            )
-
-    def forward(
-        self, hidden_states: Tensor, valid: Tensor | None = None, dropless: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Route and run the experts.
-
-        Args:
-            hidden_states: (B, L, d).
-            valid: (B, L) bool, False at padding; None = all real.
-            dropless: no capacity limit and no jitter, in training too.
-
-        Returns:
-            The output (B, L, d) and the router logits (B, L, E) fp32.
-        """
-        tokens = hidden_states.flatten(0, 1)
-        training = self.training and not dropless
-        router_logits, weights, indices = self.router(tokens, noisy=training)
-        if training and self.capacity_factor is not None:
-            kept = within_capacity(
-                indices, self.experts.num_experts, self.capacity_factor, None if valid is None else valid.flatten()
-            )
-            weights = weights.masked_fill(~kept, 0.0)
-        # the grouped matrix products take no empty input
-        out = self.experts(tokens, indices, weights) if tokens.shape[0] else tokens
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens)
-        return out.view_as(hidden_states), router_logits.unflatten(0, hidden_states.shape[:2])
-
-
 class MoeMambaBlock(GradientCheckpointingLayer):
     """One residual layer: `x + mixer(norm(x))`, `x + feed_forward(norm(x))`, or both side by side.
 
@@ -273,7 +93,8 @@ class MoeMambaBlock(GradientCheckpointingLayer):
             mixer_class = SSDMixer if config.mixer_type == "mamba2" else SelectiveScanMixer
             self.mixer = mixer_class(config, layer_idx)
         if kind.endswith("moe"):
-            self.moe = MoeMambaSparseMoe(config)
+            counts = config.layers_num_experts
+            self.moe = MoeMambaSparseMoe(config, None if counts is None else counts[layer_idx])
         if kind.endswith("mlp"):
             self.mlp = MoeMambaMLP(
                 config.hidden_size,
@@ -310,15 +131,23 @@ class MoeMambaBlock(GradientCheckpointingLayer):
         return out, router_logits
 
 
+class BiasedRMSNorm(RMSNorm):
+    """`RMSNorm` with a bias, as in the code of the MoE-Mamba paper."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__(hidden_size, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) + self.bias
+
+
+NORM_CLASSES = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "biased_rmsnorm": BiasedRMSNorm}
+
+
 def make_norm(config, norm_type: str) -> nn.Module:
     """The norm of that type over the model width."""
-    norm_class = RMSNorm if norm_type == "rmsnorm" else LayerNorm
-    return norm_class(config.hidden_size, eps=config.layer_norm_epsilon)
-
-
-def truncated_normal_(tensor: Tensor, scale: float, fan_in: int) -> None:
-    """Normal with variance scale / fan_in, truncated at ±2·scale whatever the fan-in: the rule of the paper's code."""
-    init.trunc_normal_(tensor, mean=0.0, std=math.sqrt(scale / fan_in), a=-2 * scale, b=2 * scale)
+    return NORM_CLASSES[norm_type](config.hidden_size, eps=config.layer_norm_epsilon)
 
 
 class MoeMambaPreTrainedModel(RecurrentPreTrainedModel):
@@ -330,6 +159,11 @@ class MoeMambaPreTrainedModel(RecurrentPreTrainedModel):
     # the choice of experts is as sensitive to rounding as the recurrence
     _keep_in_fp32_modules_strict = [*RecurrentPreTrainedModel._keep_in_fp32_modules_strict, "moe.router"]
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the file of this class, but the experts have a file of their own
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         scale = self.config.initializer_scale
@@ -339,8 +173,9 @@ class MoeMambaPreTrainedModel(RecurrentPreTrainedModel):
             truncated_normal_(module.weight, scale, fan_in=fan_in)
         elif isinstance(module, TopKRouter):
             truncated_normal_(module.weight, scale, fan_in=self.config.hidden_size)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+            for bias in (module.bias, module.selection_bias):
+                if bias is not None:
+                    init.zeros_(bias)
         elif isinstance(module, StackedExperts):
             module.init_weights(scale)
         elif isinstance(module, nn.Linear):
@@ -432,11 +267,19 @@ class MoeMambaModel(MoeMambaPreTrainedModel, RecurrentModel):
                 scoring=self.config.router_scoring,
                 valid=valid,
                 reduction=self.config.router_aux_loss_reduction,
+                indices=self._choices(router_logits),
             )
         }
         if self.config.router_z_loss_coef:
             losses["z_loss"] = router_z_loss(router_logits, valid)
         return losses
+
+    @torch.no_grad()
+    def _choices(self, router_logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The experts (N, k) that each router chooses by its logits."""
+        layers = [cast(MoeMambaBlock, layer).moe for layer in self.layers]
+        routers = [moe.router for moe in layers if moe is not None]
+        return tuple(router.choose(logits) for router, logits in zip(routers, router_logits, strict=True))
 
 
 class _WithRouterLosses(MoeMambaPreTrainedModel):

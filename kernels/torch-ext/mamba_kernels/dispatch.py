@@ -24,15 +24,17 @@ OLDEST_CAPABILITY = (7, 5)
 
 # most states of a channel that the Triton kernels take, as in mamba-ssm
 LARGEST_STATE = 256
+# most taps of a convolution that they take; published models have 4
+LARGEST_WIDTH = 8
 
 # every op and whether it has a Triton implementation yet; `hf-mamba env` prints this table
 OPS: dict[str, bool] = {
     "selective_scan": True,
     "ssd_chunk_scan": True,
-    "causal_conv1d": False,
+    "causal_conv1d": True,
     "selective_state_update": True,
     "ssd_state_update": True,
-    "causal_conv1d_update": False,
+    "causal_conv1d_update": True,
     "rms_norm": True,
     "add_rms_norm": True,
     "rms_norm_gated": True,
@@ -116,10 +118,10 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return _NO_CHANGE if device.index == module.current_device() else module.device(device)
 
 
-def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = None) -> bool:
+def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = None, taps: int | None = None) -> bool:
     """Whether a Triton op leaves a call to the eager one: no elements, or something its kernels do not take, said once.
 
-    They compute in fp32, and hold at most LARGEST_STATE states.
+    They compute in fp32, hold at most LARGEST_STATE states and are unrolled over at most LARGEST_WIDTH taps.
     """
     if x.numel() == 0 or state_size == 0:
         return True
@@ -128,6 +130,8 @@ def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = No
         reason = "fp64 operands"
     elif state_size is not None and state_size > LARGEST_STATE:
         reason = f"states of more than {LARGEST_STATE}"
+    elif taps is not None and taps > LARGEST_WIDTH:
+        reason = f"convolutions of more than {LARGEST_WIDTH} taps"
     if reason is None:
         return False
     if not torch.compiler.is_compiling():

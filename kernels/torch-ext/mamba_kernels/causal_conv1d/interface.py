@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..checks import check_activation, check_dtype, check_same_device, check_shape, check_tensor
-from ..dispatch import select
+from ..dispatch import on_device, select
 from ..packing import check_packing
 from .eager import causal_conv1d_eager
 from .reference import causal_conv1d_ref
@@ -87,14 +87,21 @@ def causal_conv1d(
         seq_idx=seq_idx,
         cu_seqlens=cu_seqlens,
     )
-    run = causal_conv1d_ref if select(OP, x.device) == "reference" else causal_conv1d_eager
-    return run(
-        x,
-        weight,
-        bias=bias,
-        activation=activation,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        cu_seqlens=cu_seqlens,
-        return_final_states=return_final_states,
-    )
+    name = select(OP, x.device)
+    if name == "triton":
+        from .triton_conv import causal_conv1d_triton as run
+    elif name == "reference":
+        run = causal_conv1d_ref
+    else:
+        run = causal_conv1d_eager
+    with on_device(x.device):
+        return run(
+            x,
+            weight,
+            bias=bias,
+            activation=activation,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_states=return_final_states,
+        )

@@ -34,6 +34,9 @@ def _wants_gradient(*values: Tensor | None) -> bool:
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
+    if x.shape[-1] and x.dtype == out_dtype == _accumulator(x) and (weight is None or weight.dtype == x.dtype):
+        # nothing is rounded on the way, so torch's own norm is the same, in one call
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
     value = x.to(_accumulator(x))
     y = (value * _inverse_rms(value, eps)).to(out_dtype)
     return y if weight is None else (y * weight).to(out_dtype)
@@ -128,9 +131,6 @@ class GatedRMSNormFunction(torch.autograd.Function):
 def _normed(x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
     if _wants_gradient(x, weight):
         return RMSNormFunction.apply(x, weight, eps, out_dtype)
-    if x.shape[-1] and x.dtype == out_dtype == _accumulator(x) and (weight is None or weight.dtype == x.dtype):
-        # nothing is rounded on the way, so torch's own norm is the same, in one call
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
     return _rms_norm(x, weight, eps, out_dtype)
 
 

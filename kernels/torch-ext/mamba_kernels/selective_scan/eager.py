@@ -1,8 +1,8 @@
 """`selective_scan` in vectorised torch: the implementation for CPUs, and the fallback elsewhere.
 
 The sequence is cut in tiles of T tokens. A tile of states (T, B, G, N, M) is made by a few large operations, small enough to
-stay in the cache, and only the recurrence itself goes token by token: one `addcmul_` over a contiguous (B, G, N, M) block per
-token. All work on (B, L, D) tensors happens tile by tile as well, in buffers that are allocated once. Memory and time are
+stay in the cache, and only the recurrence itself goes token by token: one or two calls over a contiguous (B, G, N, M) block
+per token. All work on (B, L, D) tensors happens tile by tile as well, in buffers that are allocated once. Memory and time are
 linear in L, forward and backward: forward keeps the state before each tile, and backward recomputes the tiles from these, last
 tile first.
 
@@ -19,12 +19,12 @@ from torch.nn.functional import silu, softplus
 
 from ..autograd import first_order_only
 from ..packing import cu_seqlens_to_seq_idx, resets_and_valid
-from .recurrence import Marks, StateBuffer, empty_sequences, marks_of, recurrence_, walks
+from .recurrence import Marks, OuterBuffer, StateBuffer, empty_sequences, marks_of, recurrence_, walk_, walks
 
 __all__ = ["selective_scan_eager"]
 
 # elements of one tile buffer: three of them in fp32 should stay in the last-level cache
-TILE_ELEMENTS = 1 << 19
+TILE_ELEMENTS = 1 << 20
 MIN_TILE, MAX_TILE = 4, 256
 
 
@@ -114,21 +114,23 @@ def _open_tile(
     ops: _Operands,
     start: int,
     end: int,
-    narrow: Tensor,
+    dt_buffer: Tensor,
+    added: OuterBuffer,
     decay_buffer: StateBuffer,
-    h_buffer: StateBuffer,
+    h_buffer: StateBuffer | None,
     carry: Tensor,
     starts: Marks | None,
     initial: Tensor | None,
 ) -> _Tile:
     """Compute the decays and states of the tokens start to end, from the state `carry` (B, G, N, M) before them.
 
-    Works in the given buffers; `narrow` is (2, T, B, G, M). Where a sequence starts, the decay becomes 0 and its initial
-    state, if there is one, is brought in.
+    Works in the given buffers; `dt_buffer` is (T, B, G, M). Where a sequence starts, the decay becomes 0 and its initial
+    state, if there is one, is brought in. Without an `h_buffer` the states take the place of the decays; that is possible
+    where `walks` holds and no initial states are brought in.
     """
     tokens = end - start
-    dt, scaled_x = narrow[0, :tokens], narrow[1, :tokens]
-    decay, h = decay_buffer.tile[:tokens], h_buffer.tile[:tokens]
+    dt, scaled_x = dt_buffer[:tokens], added.values[:tokens]
+    decay = decay_buffer.tile[:tokens]
     if ops.dt_bias is None:
         dt.copy_(ops.dt[start:end])
     else:
@@ -142,8 +144,15 @@ def _open_tile(
     # exp2 is about twice as fast as exp
     torch.mul(delta[:, :, :, None], ops.A_log2, out=decay)
     decay.exp2_()
-    torch.mul(ops.B[start:end, ..., None], scaled_x[:, :, :, None], out=h)
     marked = None if starts is None else starts.within(start, end)
+    if h_buffer is None:
+        if marked is not None:
+            marked.clear_(decay)
+        added.rows[:tokens].copy_(ops.B[start:end])
+        walk_(decay_buffer, carry, added, tokens)
+        return _Tile(x, dt, delta, scaled_x, decay, decay)
+    h = h_buffer.tile[:tokens]
+    torch.mul(ops.B[start:end, ..., None], scaled_x[:, :, :, None], out=h)
     if marked is not None:
         if initial is not None and marked.states is not None:
             brought = decay.flatten(0, 1)[marked.rows] * initial[marked.states]
@@ -205,15 +214,18 @@ def _scan(
     y = torch.empty((batch, length, groups * channels), dtype=x.dtype, device=device)
     y_view = _time_first(y, groups)
     saved = torch.empty((n_tiles, *state_shape), dtype=dtype, device=device) if save else None
-    narrow = torch.empty((3, tile_length, batch, groups, channels), dtype=dtype, device=device)
-    decay_buffer, h_buffer = (StateBuffer((tile_length, *state_shape), dtype, device) for _ in range(2))
+    narrow = torch.empty((2, tile_length, batch, groups, channels), dtype=dtype, device=device)
+    tile_shape = (tile_length, *state_shape)
+    added, decay_buffer = OuterBuffer(tile_shape, dtype, device), StateBuffer(tile_shape, dtype, device)
+    in_place = walks(device) and sequence is None
+    h_buffer = None if in_place else StateBuffer(tile_shape, dtype, device)
     for k in range(n_tiles):
         start, end = k * tile_length, min((k + 1) * tile_length, length)
         if saved is not None:
             saved[k].copy_(carry)
-        tile = _open_tile(ops, start, end, narrow, decay_buffer, h_buffer, carry, first, initial)
+        tile = _open_tile(ops, start, end, narrow[0], added, decay_buffer, h_buffer, carry, first, initial)
         carry = tile.h[-1].clone()
-        out = narrow[2, : end - start]
+        out = narrow[1, : end - start]
         _contract_state(ops.C[start:end], tile.h, out=out)
         if ops.D is not None:
             out.addcmul_(tile.x, ops.D)
@@ -289,16 +301,17 @@ class SelectiveScanFunction(torch.autograd.Function):
         carry = torch.zeros(state_shape, dtype=dtype, device=device)
         if grad_final is not None and sequence is None:
             carry = grad_final
-        narrow = torch.empty((6, tile_length, batch, groups, channels), dtype=dtype, device=device)
+        narrow = torch.empty((5, tile_length, batch, groups, channels), dtype=dtype, device=device)
+        added = OuterBuffer((tile_length, *state_shape), dtype, device)
         decay_buffer, h_buffer, grad_h_buffer = (
             StateBuffer((tile_length, *state_shape), dtype, device) for _ in range(3)
         )
         for k in range(saved.shape[0] - 1, -1, -1):
             start, end = k * tile_length, min((k + 1) * tile_length, length)
-            tile = _open_tile(ops, start, end, narrow, decay_buffer, h_buffer, saved[k], first, initial)
+            tile = _open_tile(ops, start, end, narrow[0], added, decay_buffer, h_buffer, saved[k], first, initial)
             decay, h, grad_h = tile.decay, tile.h, grad_h_buffer.tile[: end - start]
             # the output before its gate, C·h + D x, and its gradient
-            out, grad_out, grad_scaled_x, grad_delta = (narrow[i, : end - start] for i in range(2, 6))
+            out, grad_out, grad_scaled_x, grad_delta = (narrow[i, : end - start] for i in range(1, 5))
             if grad_y is None:
                 grad_out.zero_()
             else:
@@ -337,8 +350,7 @@ class SelectiveScanFunction(torch.autograd.Function):
             torch.mul(decay, ops.A, out=h)
             torch.sum(h, dim=3, out=grad_delta)
             if ctx.needs_input_grad[2]:
-                torch.mul(decay, tile.delta[:, :, :, None], out=h)
-                grad_A += h.sum((0, 1))
+                grad_A += decay.mul_(tile.delta[:, :, :, None]).sum((0, 1))
 
             grad_delta.addcmul_(grad_scaled_x, tile.x)
             if ops.padding is not None:

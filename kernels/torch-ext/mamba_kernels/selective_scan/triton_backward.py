@@ -37,66 +37,102 @@ from .triton_forward import REGISTER_STATES, Plan, ScanInputs, Tuning, launch_ch
 
 __all__ = ["scan_backward"]
 
-BACKWARD = Tuning(channels=64, tile=8)
+BACKWARD = Tuning(channels=32, tile=8)
+# the walk before it; its tile divides that of the backward
+SWEEP = Tuning(channels=64, tile=8)
+# states that the backward works on at a time
+PARTS = 4
 # the states before each tile are written for as many chunks at a time as fit in this many bytes
 WORKSPACE_BYTES = 1 << 29
 
 
-@triton.jit
-def _tile_states(
+@scan_kernel
+def _tile_states_kernel(
     x,
     dt,
     A_t,
     B,
+    dt_bias,
     flags,
+    table,
     starts,
     tile_states,
-    bias,
-    d,
-    mask,
-    start,
-    end,
-    n_tiles,
+    stride_x_b,
     stride_x_t,
     stride_x_d,
+    stride_dt_b,
     stride_dt_t,
     stride_dt_d,
+    stride_B_b,
     stride_B_t,
+    stride_B_g,
     stride_B_n,
+    length,
     channels,
+    chunk,
+    n_chunks,
+    first_slot,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     BD: tl.constexpr,
     K: tl.constexpr,
     NS: tl.constexpr,
+    EVERY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     FLAGS: tl.constexpr,
+    VARLEN: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Write the state before each tile to `tile_states` (tiles, N, D), NS states at a time."""
+    """Write the state before every `EVERY` tiles of K tokens to `tile_states` (slots, tiles, N, D), NS states at a time."""
+    group_size = channels // GROUPS
+    blocks = tl.cdiv(group_size, BD)
+    pid = tl.program_id(0).to(tl.int64)
+    n = (pid % (N // NS)).to(tl.int32) * NS
+    pid = pid // (N // NS)
+    block = (pid % (blocks * GROUPS)).to(tl.int32)
+    local_slot = pid // (blocks * GROUPS)
+    slot = local_slot + first_slot
+    row, state, start, end, _is_first, _is_last = chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN)
+    if state < 0:
+        return
+    group = block // blocks
+    within = (block % blocks) * BD + tl.arange(0, BD)
+    mask = within < group_size
+    d = (group * group_size + within).to(tl.int64)
+    bias = tl.zeros((BD,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(tl.float32)
+    x += row * stride_x_b
+    dt += row * stride_dt_b
+    B += row * stride_B_b + group.to(tl.int64) * stride_B_g
+    flags += row * length
+    starts += slot * N * channels
+    tile_states += local_slot * tl.cdiv(chunk, K * EVERY) * N * channels
     k = tl.arange(0, K)[:, None]
-    for n in range(0, N, NS):
-        A_n = ()
-        h = ()
+    A_n = ()
+    h = ()
+    for j in tl.static_range(NS):
+        A_n = A_n + (tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E,)
+        h = h + (tl.load(starts + (n + j) * channels + d, mask=mask, other=0.0),)
+    for i in range(0, tl.cdiv(end - start, K)):
+        if i % EVERY == 0:
+            for j in tl.static_range(NS):
+                tl.store(tile_states + (wide(i // EVERY) * N + n + j) * channels + d, h[j], mask=mask)
+        t = start + i * K + k
+        real, reset = tokens_of_tile(flags, t, end, FLAGS)
+        inside = real & mask[None, :]
+        delta = steps_of_tile(load_tile(dt, t, stride_dt_t, d * stride_dt_d, inside), bias, real, SOFTPLUS)
+        u = delta * load_tile(x, t, stride_x_t, d * stride_x_d, inside).to(tl.float32)
+        B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NS, PACKED)
+        ends = ()
         for j in tl.static_range(NS):
-            A_n = A_n + (tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E,)
-            h = h + (tl.load(starts + (n + j) * channels + d, mask=mask, other=0.0),)
-        for i in range(0, n_tiles):
-            for j in tl.static_range(NS):
-                tl.store(tile_states + (wide(i) * N + n + j) * channels + d, h[j], mask=mask)
-            t = start + i * K + k
-            real, reset = tokens_of_tile(flags, t, end, FLAGS)
-            inside = real & mask[None, :]
-            delta = steps_of_tile(load_tile(dt, t, stride_dt_t, d * stride_dt_d, inside), bias, real, SOFTPLUS)
-            u = delta * load_tile(x, t, stride_x_t, d * stride_x_d, inside).to(tl.float32)
-            B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NS, PACKED)
-            ends = ()
-            for j in tl.static_range(NS):
-                decay = decay_of(delta, A_n[j], reset, FLAGS)
-                b = u * B_n[j]
-                b = tl.where(k == 0, decay * h[j] + b, b)
-                _product, states = tl.associative_scan((decay, b), 0, combine)
-                ends = ends + (row_of(states, k, K - 1),)
-            h = ends
+            decay = decay_of(delta, A_n[j], reset, FLAGS)
+            b = u * B_n[j]
+            b = tl.where(k == 0, decay * h[j] + b, b)
+            _product, states = tl.associative_scan((decay, b), 0, combine)
+            ends = ends + (row_of(states, k, K - 1),)
+        h = ends
 
 
 @triton.jit
@@ -168,7 +204,8 @@ def _selective_scan_bwd_kernel(
     BD: tl.constexpr,
     K: tl.constexpr,
     NP: tl.constexpr,
-    NS: tl.constexpr,
+    NB: tl.constexpr,
+    MATRIX_SUMS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -229,40 +266,14 @@ def _selective_scan_bwd_kernel(
     grad_C = grad_B + projections
     n_tiles = tl.cdiv(end - start, K)
 
-    _tile_states(
-        x,
-        dt,
-        A_t,
-        B,
-        flags,
-        starts + slot * N * channels,
-        tile_states,
-        bias,
-        d,
-        mask,
-        start,
-        end,
-        n_tiles,
-        stride_x_t,
-        stride_x_d,
-        stride_dt_t,
-        stride_dt_d,
-        stride_B_t,
-        stride_B_n,
-        channels,
-        N,
-        BD,
-        K,
-        NS,
-        SOFTPLUS,
-        FLAGS,
-        PACKED,
-    )
-
     grad_skip = zeros
     grad_bias = zeros
     k = tl.arange(0, K)[:, None]
     token = tl.arange(0, K)
+    h = ()
+    for j in tl.static_range(NP):
+        last_tile = tile_states + (wide(tl.maximum(n_tiles - 1, 0)) * N + j) * channels + d
+        h = h + (tl.load(last_tile, mask=mask, other=0.0),)
     for reverse in range(0, n_tiles):
         i = n_tiles - 1 - reverse
         t = start + i * K + k
@@ -284,36 +295,74 @@ def _selective_scan_bwd_kernel(
         projection = wide(start + i * K + token) * (GROUPS * N)
         within_chunk = start + i * K + token < end
 
-        for n in range(0, N, NP):
-            B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NP, PACKED)
-            C_n = load_projection(C, t, stride_C_t, stride_C_n, n, real, NP, PACKED)
-            for j in tl.static_range(NP):
-                a_n = tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E
-                h = tl.load(tile_states + (wide(i) * N + n + j) * channels + d, mask=mask, other=0.0)
-                dh = tl.load(grad_h + (n + j) * channels, mask=mask, other=0.0)
-                dA = tl.load(sums + (n + j) * channels, mask=mask, other=0.0)
+        # the rounding of these products is far below that of 16-bit operands
+        SUM_TYPE: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
+        for first in range(0, N, NB):
+            summed = tl.zeros((2 * K, NB), tl.float32)
+            for n in range(first, tl.minimum(first + NB, N), NP):
+                B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NP, PACKED)
+                C_n = load_projection(C, t, stride_C_t, stride_C_n, n, real, NP, PACKED)
+                # all loads go out before the first of them is needed, and before stores that they may not pass
+                A_n = ()
+                dh = ()
+                dA = ()
+                for j in tl.static_range(NP):
+                    A_n = A_n + (tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E,)
+                    dh = dh + (tl.load(grad_h + (n + j) * channels, mask=mask, other=0.0),)
+                    dA = dA + (tl.load(sums + (n + j) * channels, mask=mask, other=0.0),)
+                # the states come from far: those of the next round are asked for now
+                next_n = tl.where(n + NP < N, n + NP, 0)
+                next_i = tl.where(n + NP < N, i, tl.maximum(i - 1, 0))
+                next_h = ()
+                for j in tl.static_range(NP):
+                    next_tile = tile_states + (wide(next_i) * N + next_n + j) * channels + d
+                    next_h = next_h + (tl.load(next_tile, mask=mask, other=0.0),)
+                sent_on = ()
+                grad_A = ()
+                for j in tl.static_range(NP):
+                    decay = decay_of(delta, A_n[j], reset, FLAGS)
+                    before = tl.where(k == 0, decay * h[j], 0.0)
+                    _product, states, kept = tl.associative_scan((decay, u * B_n[j] + before, before), 0, _states)
+                    scanned += states * C_n[j]
+                    for_C = states * g
+                    if not MATRIX_SUMS:
+                        tl.store(grad_C + projection + n + j, tl.sum(for_C, 1), mask=within_chunk)
 
-                decay = decay_of(delta, a_n, reset, FLAGS)
-                before = tl.where(k == 0, decay * h, 0.0)
-                _product, states, kept = tl.associative_scan((decay, u * B_n[j] + before, before), 0, _states)
-                scanned += states * C_n[j]
-                tl.store(grad_C + projection + n + j, tl.sum(states * g, 1), mask=within_chunk)
-
-                decay = tl.flip(decay, 0)
-                own = tl.flip(g * C_n[j], 0)
-                own = tl.where(k == 0, own + dh, own)
-                ones = tl.full((K, BD), 1.0, tl.float32)
-                _product, _others, sent, grad_states = tl.associative_scan(
-                    (decay, ones, decay * own, own), 0, _gradients
+                    decay = tl.flip(decay, 0)
+                    own = tl.flip(g * C_n[j], 0)
+                    own = tl.where(k == 0, own + dh[j], own)
+                    ones = tl.full((K, BD), 1.0, tl.float32)
+                    _product, _others, sent, grad_states = tl.associative_scan(
+                        (decay, ones, decay * own, own), 0, _gradients
+                    )
+                    sent_on = sent_on + (row_of(sent, k, K - 1),)
+                    grad_states = tl.flip(grad_states, 0)
+                    for_B = grad_states * u
+                    if MATRIX_SUMS:
+                        pair = tl.permute(tl.join(for_B, for_C), (2, 0, 1)).reshape(2 * K, BD).to(SUM_TYPE)
+                        column = tl.full((BD, NB), 0, tl.int32) + tl.arange(0, NB)[None, :]
+                        summed = tl.dot(pair, (column == n + j - first).to(SUM_TYPE), summed, input_precision="tf32")
+                    else:
+                        tl.store(grad_B + projection + n + j, tl.sum(for_B, 1), mask=within_chunk)
+                    grad_u += grad_states * B_n[j]
+                    # the gradient of delta A
+                    exponent = grad_states * kept
+                    grad_step += exponent * A_n[j]
+                    grad_A = grad_A + (dA[j] + tl.sum(exponent * delta, 0),)
+                h = next_h
+                for j in tl.static_range(NP):
+                    tl.store(grad_h + (n + j) * channels, sent_on[j], mask=mask)
+                    tl.store(sums + (n + j) * channels, grad_A[j], mask=mask)
+            if MATRIX_SUMS:
+                pair_row = tl.arange(0, 2 * K)
+                columns = first + tl.arange(0, NB)
+                place = wide(start + i * K + pair_row % K) * (GROUPS * N) + (pair_row // K) * projections
+                kept_row = start + i * K + pair_row % K < end
+                tl.store(
+                    grad_B + place[:, None] + columns[None, :],
+                    summed,
+                    mask=kept_row[:, None] & (columns[None, :] < N),
                 )
-                tl.store(grad_h + (n + j) * channels, row_of(sent, k, K - 1), mask=mask)
-                grad_states = tl.flip(grad_states, 0)
-                tl.store(grad_B + projection + n + j, tl.sum(grad_states * u, 1), mask=within_chunk)
-                grad_u += grad_states * B_n[j]
-                # the gradient of delta A
-                exponent = grad_states * kept
-                grad_step += exponent * a_n
-                tl.store(sums + (n + j) * channels, dA + tl.sum(exponent * delta, 0), mask=mask)
 
         offsets = outputs + t.to(tl.int64) * channels + d
         inside = mask[None, :] & (t < end)
@@ -380,7 +429,7 @@ def scan_backward(
         grad_h = torch.empty_like(starts)
     tuning = BACKWARD
     blocks = triton.cdiv(plan.channels // plan.groups, tuning.channels)
-    parts = state_parts(plan.size, 4)
+    parts = state_parts(plan.size, PARTS)
     sums = torch.empty((plan.n_slots, plan.size + 2, plan.channels), dtype=torch.float32, device=device)
     partials = torch.empty(
         (blocks, 2, plan.batch, plan.length, plan.groups, plan.size), dtype=torch.float32, device=device
@@ -393,11 +442,13 @@ def scan_backward(
     grad_initial = None if initial is None else torch.empty_like(initial)
     placeholder = inputs.A_t
 
+    half = all(value.dtype in (torch.bfloat16, torch.float16) for value in (x, inputs.B, inputs.C))
     n_tiles = triton.cdiv(plan.chunk, tuning.tile)
     at_once = max(1, WORKSPACE_BYTES // (4 * n_tiles * plan.size * plan.channels))
     at_once = triton.cdiv(plan.n_slots, triton.cdiv(plan.n_slots, at_once))
     tile_states = torch.empty((at_once, n_tiles, plan.size, plan.channels), dtype=torch.float32, device=device)
     for first_slot in range(0, plan.n_slots, at_once):
+        _launch_tile_states(inputs, plan, table, starts, tile_states, first_slot)
         _selective_scan_bwd_kernel[(min(at_once, plan.n_slots - first_slot) * plan.groups * blocks,)](
             x,
             inputs.dt,
@@ -437,7 +488,8 @@ def scan_backward(
             BD=tuning.channels,
             K=tuning.tile,
             NP=parts,
-            NS=state_parts(plan.size, REGISTER_STATES),
+            NB=max(16, parts),
+            MATRIX_SUMS=half,
             HAS_D=inputs.D is not None,
             HAS_Z=z is not None,
             HAS_BIAS=inputs.dt_bias is not None,
@@ -463,6 +515,48 @@ def scan_backward(
         grad_z,
         None if inputs.dt_bias is None else totals[plan.size + 1],
         grad_initial,
+    )
+
+
+def _launch_tile_states(
+    inputs: ScanInputs, plan: Plan, table: Tensor | None, starts: Tensor, tile_states: Tensor, first_slot: int
+) -> None:
+    """Fill `tile_states` (slots, tiles, N, D) for the chunks from `first_slot` on."""
+    tuning = SWEEP
+    parts = state_parts(plan.size, REGISTER_STATES)
+    blocks = plan.groups * triton.cdiv(plan.channels // plan.groups, tuning.channels)
+    slots = min(tile_states.shape[0], plan.n_slots - first_slot)
+    placeholder = inputs.A_t
+    _tile_states_kernel[(slots * blocks * (plan.size // parts),)](
+        inputs.x,
+        inputs.dt,
+        inputs.A_t,
+        inputs.B,
+        placeholder if inputs.dt_bias is None else inputs.dt_bias,
+        placeholder if inputs.flags is None else inputs.flags,
+        placeholder if table is None else table,
+        starts,
+        tile_states,
+        *inputs.x.stride(),
+        *inputs.dt.stride(),
+        *strides_or_zeros(inputs.B, 4),
+        plan.length,
+        plan.channels,
+        plan.chunk,
+        plan.n_chunks,
+        first_slot,
+        N=plan.size,
+        GROUPS=plan.groups,
+        BD=tuning.channels,
+        K=tuning.tile,
+        NS=parts,
+        EVERY=BACKWARD.tile // tuning.tile,
+        HAS_BIAS=inputs.dt_bias is not None,
+        SOFTPLUS=inputs.dt_softplus,
+        FLAGS=inputs.flags is not None,
+        VARLEN=table is not None,
+        PACKED=plan.packed and parts % 4 == 0,
+        **tuning.options(),
     )
 
 

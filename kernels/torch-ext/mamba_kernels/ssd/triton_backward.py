@@ -139,9 +139,9 @@ def _backward_in_turns(
         return None if values[0] is None else torch.cat(values, dim=dim)
 
     return Gradients(
-        x=joined("x", 2),
-        dt=joined("dt", 2),
-        A=joined("A", 0),
+        x=torch.cat([turn.x for turn in turns], dim=2),
+        dt=torch.cat([turn.dt for turn in turns], dim=2),
+        A=torch.cat([turn.A for turn in turns]),
         B=dB.to(operands.B.dtype),
         C=dC.to(operands.C.dtype),
         D=joined("D", 0),

@@ -147,7 +147,7 @@ def ssd_chunk_scan_triton(
         real = 1 if valid is None else valid.to(torch.int32)
         marks = segments.to(torch.int32) * 2 + real
     unlimited = (0.0, math.inf) if dt_softplus else (-math.inf, math.inf)
-    limit = None if tuple(dt_limit) in (unlimited, (-math.inf, math.inf)) else tuple(dt_limit)
+    limit = None if tuple(dt_limit) in (unlimited, (-math.inf, math.inf)) else (dt_limit[0], dt_limit[1])
     options = (marks, cu_seqlens, dt_softplus, limit)
     if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats):
         y, final = SSDChunkScanTritonFunction.apply(*floats, *options, return_final_states)

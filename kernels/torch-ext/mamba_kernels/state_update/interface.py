@@ -354,13 +354,17 @@ def causal_conv1d_update(
     """
     op = "causal_conv1d_update"
     _check_conv(x, conv_state, weight, bias, activation, state_indices)
-    reference = select(op, x.device) == "reference"
-    implementation = causal_conv1d_update_ref if reference else causal_conv1d_update_eager
-    return implementation(
-        x,
-        conv_state,
-        weight,
-        bias=bias,
-        activation=activation,
-        state_indices=state_indices,
-    )
+    name = select(op, x.device)
+    if name == "triton":
+        from .triton_conv import causal_conv1d_update_triton as implementation
+    else:
+        implementation = causal_conv1d_update_ref if name == "reference" else causal_conv1d_update_eager
+    with on_device(x.device):
+        return implementation(
+            x,
+            conv_state,
+            weight,
+            bias=bias,
+            activation=activation,
+            state_indices=state_indices,
+        )

@@ -1,0 +1,56 @@
+"""Linear layers on a few rows, as in decoding, where reading the weight once is all the work there is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import is_plain_linear
+
+__all__ = ["project"]
+
+# parts of the weight; divides the widths of the published models and their padded vocabularies
+PARTS = 8
+# beyond these a single product is as fast (docs/performance.md)
+MAX_ROWS, MIN_ELEMENTS = 32, 2**17
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """`linear(x)` for x (B, L, d), faster without gradients on a CPU where x has few rows.
+
+    MKL multiplies one row with a matrix on one thread, which reads the weight at half the speed of the memory. A batch of
+    products with parts of the weight uses all threads, and forms the same sums.
+    """
+    # a reentrant checkpoint runs without gradients first, and has to find the same values with them
+    if linear.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return linear(x)
+    if x.device.type != "cpu" or not is_plain_linear(linear):
+        return linear(x)
+    plain: Any = linear
+    weight, bias = plain.weight, plain.bias
+    batch, length, in_features = x.shape
+    rows = batch * length
+    if not 0 < rows <= MAX_ROWS or not _splits(weight, x):
+        return linear(x)
+    out_features = weight.shape[0]
+    parts = weight.view(PARTS, out_features // PARTS, in_features).mT
+    out = torch.bmm((x if rows == 1 else x.reshape(rows, in_features)).expand(PARTS, rows, in_features), parts)
+    out = (out if rows == 1 else out.transpose(0, 1)).reshape(batch, length, out_features)
+    return out if bias is None else out + bias
+
+
+def _splits(weight: Any, x: Tensor) -> bool:
+    """Whether the product with `weight` (out, in) may and should be made in parts."""
+    return (
+        # a quantised or distributed weight is of another type
+        type(weight) is nn.Parameter
+        and weight.numel() >= MIN_ELEMENTS
+        and weight.shape[0] % PARTS == 0
+        and weight.shape[1] == x.shape[2]
+        and weight.dtype == x.dtype == torch.float32
+        and weight.device == x.device
+        and weight.is_contiguous()
+        and torch.backends.mkl.is_available()
+        # autocast keeps its copies of weights, but not of their parts
+        and not torch.is_autocast_enabled("cpu")
+    )

@@ -1,0 +1,236 @@
+"""The causal convolution in Triton as a differentiable op: `causal_conv1d_triton`."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..autograd import first_order_only
+from ..dispatch import left_to_eager
+from ..packing import cu_seqlens_to_seq_idx, segments_and_valid
+from .eager import causal_conv1d_eager
+from .triton_backward import BACKWARD, conv_bwd_kernel, conv_initial_gradient_kernel
+from .triton_common import Tuning
+from .triton_forward import FORWARD, conv_final_states_kernel, conv_fwd_kernel
+
+__all__ = ["CausalConv1dTritonFunction", "causal_conv1d_triton"]
+
+
+class Layout(NamedTuple):
+    """How tokens are packed: what the kernels call numbers, bounds and ends."""
+
+    numbers: Tensor | None  # (B, L) int32
+    bounds: Tensor | None  # (n + 1,)
+    ends: Tensor | None  # (B,) int32
+
+
+def layout_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
+    """The kernels' view of `seq_idx` or `cu_seqlens`."""
+    length = x.shape[1]
+    if cu_seqlens is not None:
+        return Layout(cu_seqlens_to_seq_idx(cu_seqlens, length), cu_seqlens.contiguous(), None)
+    if seq_idx is None:
+        return Layout(None, None, None)
+    segments, valid = segments_and_valid(seq_idx)
+    if valid is None:
+        valid = torch.ones_like(seq_idx, dtype=torch.bool)
+    marks = segments.to(torch.int32) * 2 + valid.to(torch.int32)
+    positions = torch.arange(1, length + 1, device=x.device, dtype=torch.int32)
+    return Layout(marks, None, torch.where(valid, positions, 0).amax(1))
+
+
+def _block(channels: int, tuning: Tuning) -> int:
+    return min(tuning.channels, max(16, triton.next_power_of_2(channels)))
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    layout: Layout,
+    silu: bool,
+    return_final_states: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, length, channels = x.shape
+    taps = weight.shape[1]
+    tuning = FORWARD
+    block = _block(channels, tuning)
+    blocks = triton.cdiv(channels, block)
+    y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    n_tiles = triton.cdiv(length, tuning.tokens)
+    flags = {
+        "HAS_INITIAL": initial is not None,
+        "MARKS": layout.ends is not None,
+        "VARLEN": layout.bounds is not None,
+    }
+    operands = (
+        x if initial is None else initial,
+        x if layout.numbers is None else layout.numbers,
+        x if layout.bounds is None else layout.bounds,
+    )
+    conv_fwd_kernel[(batch * n_tiles * blocks,)](
+        x,
+        weight,
+        x if bias is None else bias,
+        *operands,
+        y,
+        *x.stride()[:2],
+        *weight.stride(),
+        length,
+        channels,
+        n_tiles,
+        W=taps,
+        BT=tuning.tokens,
+        BC=block,
+        HAS_BIAS=bias is not None,
+        SILU=silu,
+        **flags,
+        num_warps=tuning.warps,
+    )
+    sequences = batch if layout.bounds is None else layout.bounds.shape[0] - 1
+    if not return_final_states:
+        return y, y.new_empty(0)
+    final = torch.empty((sequences, channels, taps - 1), dtype=x.dtype, device=x.device)
+    if final.numel():
+        conv_final_states_kernel[(sequences * blocks,)](
+            x,
+            *operands,
+            x if layout.ends is None else layout.ends,
+            final,
+            *x.stride()[:2],
+            length,
+            channels,
+            W=taps,
+            BT=triton.next_power_of_2(taps - 1),
+            BC=block,
+            **flags,
+            num_warps=tuning.warps,
+        )
+    return y, final
+
+
+class CausalConv1dTritonFunction(torch.autograd.Function):
+    """The convolution, differentiable once. The second output is empty unless final states are asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        initial: Tensor | None,
+        numbers: Tensor | None,
+        bounds: Tensor | None,
+        ends: Tensor | None,
+        silu: bool,
+        return_final_states: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, bias, initial, numbers, bounds, ends)
+        ctx.silu, ctx.return_final_states = silu, return_final_states
+        return _forward(x, weight, bias, initial, Layout(numbers, bounds, ends), silu, return_final_states)
+
+    @staticmethod
+    @first_order_only("causal_conv1d")
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, initial, numbers, bounds, ends = ctx.saved_tensors
+        batch, length, channels = x.shape
+        taps = weight.shape[1]
+        tuning = BACKWARD
+        block = _block(channels, tuning)
+        blocks = triton.cdiv(channels, block)
+        runs = triton.cdiv(length, tuning.tokens * tuning.tiles)
+        dy = _dense_rows(dy)
+        has_final = ctx.return_final_states and taps > 1
+        states = dfinal.contiguous() if has_final else x
+        dx = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+        sums = torch.empty((batch * runs, taps + 1, channels), dtype=torch.float32, device=x.device)
+        flags = {"HAS_BIAS": bias is not None, "MARKS": ends is not None, "VARLEN": bounds is not None}
+        operands = (
+            x,
+            dy,
+            weight,
+            x if bias is None else bias,
+            x if initial is None else initial,
+            x if numbers is None else numbers,
+            x if bounds is None else bounds,
+            x if ends is None else ends,
+            states,
+        )
+        strides = (*x.stride()[:2], *dy.stride()[:2], *weight.stride(), length, channels)
+        conv_bwd_kernel[(batch * runs * blocks,)](
+            *operands,
+            dx,
+            sums,
+            *strides,
+            runs,
+            W=taps,
+            BT=tuning.tokens,
+            BC=block,
+            TILES=tuning.tiles,
+            HAS_INITIAL=initial is not None,
+            HAS_FINAL=has_final,
+            SILU=ctx.silu,
+            **flags,
+            num_warps=tuning.warps,
+        )
+        dinitial = None
+        if initial is not None:
+            dinitial = torch.empty_like(initial)
+            if dinitial.numel():
+                conv_initial_gradient_kernel[(dinitial.shape[0] * blocks,)](
+                    *operands,
+                    dinitial,
+                    *strides,
+                    W=taps,
+                    BT=triton.next_power_of_2(taps - 1),
+                    BC=block,
+                    HAS_FINAL=has_final,
+                    SILU=ctx.silu,
+                    **flags,
+                    num_warps=tuning.warps,
+                )
+        totals = sums.sum(0)
+        dweight = totals[:taps].t().to(weight.dtype)
+        return dx, dweight, None if bias is None else totals[taps].to(bias.dtype), dinitial, *(None,) * 5
+
+
+def _dense_rows(value: Tensor) -> Tensor:
+    """`value` with its channels next to each other; a copy only where they are not."""
+    return value if value.stride(-1) == 1 else value.contiguous()
+
+
+def causal_conv1d_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`causal_conv1d` in Triton; arguments as there, assumed to be checked. fp64, more than 8 taps and empty inputs run in eager."""
+    if left_to_eager(x, weight, bias, initial_states, taps=weight.shape[1]):
+        return causal_conv1d_eager(
+            x,
+            weight,
+            bias=bias,
+            activation=activation,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_states=return_final_states,
+        )
+    x = _dense_rows(x)
+    bias = None if bias is None else bias.contiguous()
+    initial = None if initial_states is None else initial_states.contiguous()
+    layout = layout_of(x, seq_idx, cu_seqlens)
+    floats = (x, weight, bias, initial)
+    silu = activation is not None
+    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats):
+        y, final = CausalConv1dTritonFunction.apply(*floats, *layout, silu, return_final_states)
+    else:
+        y, final = _forward(x, weight, bias, initial, layout, silu, return_final_states)
+    return (y, final) if return_final_states else y

@@ -1,0 +1,157 @@
+"""`hf-mamba convert`, and the Hub on both of its ends, served by this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from hf_mamba import demo_checkpoint
+from hf_mamba.cli.main import app
+
+from .checkpoints import mamba_ssm_config, mamba_ssm_tensors, write_bin, write_shards
+from .loopback import Hub, serve
+
+CONFIG = mamba_ssm_config("Mamba2")
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_bin(tmp_path / "source", mamba_ssm_tensors(CONFIG), CONFIG)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        yield running
+
+
+def run_against(hub: Hub, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, since huggingface_hub reads its environment once."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_TOKEN": "hf_test",
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "hf_mamba.cli", "convert", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_it_prints_format_configuration_and_count(source: Path, tmp_path: Path) -> None:
+    outcome = run(source, tmp_path / "result", "--verify", "--max-shard-size", "20KB", "--dtype", "bfloat16")
+    assert outcome.exit_code == 0, outcome.output
+    for part in ("mamba_ssm (state-spaces/mamba)", "Mamba2ForCausalLM", "parameters", "num_heads", "bfloat16"):
+        assert part in outcome.stdout
+    assert "the largest difference of logits is" in outcome.stdout and "before the cast" in outcome.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "result")
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in outcome.stdout
+    assert model.dtype == torch.bfloat16 and (tmp_path / "result" / "model.safetensors.index.json").is_file()
+
+
+def test_to_mamba_ssm(source: Path, tmp_path: Path) -> None:
+    assert run(source, tmp_path / "hf").exit_code == 0
+    outcome = run(tmp_path / "hf", tmp_path / "result", "--to", "mamba_ssm", "--verify")
+    assert outcome.exit_code == 0 and "MambaLMHeadModel" in outcome.stdout
+    assert {path.name for path in (tmp_path / "result").iterdir()} == {"README.md", "config.json", "pytorch_model.bin"}
+
+
+def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    outcome = run(source, "--dry-run")
+    assert outcome.exit_code == 0 and "Nothing was written" in outcome.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere/at/all", "result"], "there is no 'nowhere/at/all'"),
+        (["{source}"], "`dest` is missing"),
+        (["{source}", "{source}"], "not empty"),
+        (["{source}", "result", "--dtype", "int4"], "float32, bfloat16, float16"),
+        (["{source}", "result", "--option", "activation"], "NAME=VALUE"),
+        (["{source}", "result", "--option", "a=1", "--option", "a=2"], "given twice"),
+        (["{source}", "result", "--private"], "push_to_hub"),
+    ],
+    ids=["source", "no_dest", "dest", "dtype", "option", "option_twice", "private"],
+)
+def test_mistakes_end_with_one_message(arguments: list[str], words: str, source: Path, tmp_path: Path) -> None:
+    filled = [text.format(source=source).replace("result", str(tmp_path / "result")) for text in arguments]
+    outcome = run(*filled)
+    assert outcome.exit_code == 1 and isinstance(outcome.exception, SystemExit)
+    assert words in " ".join(outcome.stderr.split()) and outcome.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_termination_leaves_nothing(tmp_path: Path) -> None:
+    config = CONFIG | {"n_layer": 64}
+    source = write_bin(tmp_path / "source", mamba_ssm_tensors(config), config)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "hf_mamba.cli", "convert", str(source), str(tmp_path / "result"), "--verify"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(tmp_path.glob(".result.incomplete-*")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_repository_is_read_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    config = CONFIG | {"vocab_size": 4096}
+    folder = write_shards(tmp_path / "repository", mamba_ssm_tensors(config), config)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    hub.repositories["someone/mamba"] = files | {"pytorch_model.bin": b"not needed", "notes.md": b"not needed"}
+    names = ("tokenizer.json", "tokenizer_config.json")
+    tokenizer = {name: (Path(demo_checkpoint()) / name).read_bytes() for name in names}
+    hub.repositories["someone/words"] = tokenizer | {"model.safetensors": b"not needed"}
+    arguments = ("someone/mamba", tmp_path / "result", "--verify", "--tokenizer", "someone/words")
+    done = run_against(hub, tmp_path / "home", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert {name: (tmp_path / "result" / name).read_bytes() for name in names} == tokenizer
+    assert "/someone/words/resolve/" + "a" * 40 + "/model.safetensors" not in hub.requested
+    assert not any(path.endswith(("pytorch_model.bin", "notes.md")) for path in hub.requested)
+    card = (tmp_path / "result" / "README.md").read_text()
+    assert "base_model: someone/mamba" in card and "hf-mamba convert someone/mamba" in card
+
+    done = run_against(hub, tmp_path / "home", "someone/missing", tmp_path / "other")
+    assert done.returncode == 1 and "cannot be had from the Hub" in " ".join(done.stderr.split())
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_result_is_pushed(hub: Hub, source: Path, tmp_path: Path) -> None:
+    done = run_against(hub, tmp_path / "home", source, tmp_path / "result", "--push-to-hub", "me/mine", "--private")
+    assert done.returncode == 0, done.stderr
+    assert f"Uploaded to {hub.endpoint}/me/mine" in done.stdout
+    uploaded = hub.repositories["me/mine"]
+    written = {file.name: file.read_bytes() for file in (tmp_path / "result").iterdir()}
+    assert {name: uploaded[name] for name in written} == written and hub.private == {"me/mine"}
+    assert b'from_pretrained("me/mine")' in uploaded["README.md"]
+    assert json.loads(uploaded["config.json"])["model_type"] == "mamba2"
+
+
+def test_a_failing_upload_keeps_the_folder_and_says_so(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.broken = True
+    done = run_against(hub, tmp_path / "home", source, tmp_path / "result", "--push-to-hub", "me/mine")
+    message = " ".join(done.stderr.split())
+    assert done.returncode == 1 and "the conversion is complete" in message and "hf upload me/mine" in message
+    assert (tmp_path / "result" / "model.safetensors").is_file()
+
+
+def test_a_bad_repository_name_is_found_before_any_work(source: Path, tmp_path: Path) -> None:
+    outcome = run(source, tmp_path / "result", "--push-to-hub", "a/b/c")
+    assert outcome.exit_code == 1 and "no name of a repository" in " ".join(outcome.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,0 +1,14 @@
+"""Fixtures of the ops' tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that is not yet written is full of NaN, so that an element that a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
