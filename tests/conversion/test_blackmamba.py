@@ -70,7 +70,7 @@ def make_tensors(config: dict) -> Tensors:
         for expert in range(count):
             mlp(f"{prefix}local_experts.{expert}.")
 
-    tensors.add("embedding.word_embeddings.weight", V, H, std=0.5)
+    tensors.add("embedding.word_embeddings.weight", V, H, std=0.1)
     for index in range(config["num_layers"]):
         code = config["mamba_moe_layers"][index] if config["mamba_moe_layers"] else "r"
         prefix = f"decoder.layers.{index}."

@@ -116,8 +116,9 @@ def test_rounding_of_large_logits_is_told_from_an_error_in_fp64(tmp_path: Path) 
     tensors["backbone.norm_f.weight"].mul_(1000)
     report = convert(write_bin(tmp_path / "source", tensors, CONFIG), tmp_path / "result", verify=True)
     assert report.verified is not None and report.verified.dtype == "float64"
-    # what is left is the rounding of the returned logits, which are always fp32
-    assert report.verified.max_difference <= report.verified.max_logit * 2**-23
+    # far below the rounding of fp32: what is left is that of exp(A_log), the one thing that mixers compute in fp32
+    assert report.verified.max_logit > 1000
+    assert report.verified.max_difference <= report.verified.max_logit * 2e-8
     assert "in float64 on the CPU" in (tmp_path / "result" / "README.md").read_text()
 
 
@@ -127,7 +128,7 @@ def test_experts_are_verified_in_fp64_too(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "1.pt")
     report = convert(tmp_path / "1.pt", tmp_path / "result", verify=True)
     assert report.verified is not None and report.verified.dtype == "float64"
-    assert report.verified.max_difference <= report.verified.max_logit * 2**-22
+    assert report.verified.max_difference <= report.verified.max_logit * 2e-8
 
 
 def test_a_dry_run_writes_nothing_and_reads_no_weights(source: Path, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ class Checkpoint:
 
     def save(self, folder: Path, **changes) -> Path:
         """As the training program does: beside the model there are optimizer, step and more."""
-        self.tensors.add("head.weight", V, D_MODEL)
+        # the hidden states, which no norm follows, are near 5
+        self.tensors.add("head.weight", V, D_MODEL, std=0.05)
         path = folder / "1000.pt"
         content = {
             "model": self.tensors.plain(),

@@ -57,7 +57,7 @@ def make_tensors(config: dict, generation: str = "stacked", gate_bias: bool = Fa
     names = ("weight",) if config["rms_norm"] else ("weight", "bias")
     moe = config["moe_cfg"]
     experts = moe.get("n_routed_experts", E)
-    tensors.add("backbone.embedding.weight", vocabulary, D_MODEL, std=0.5)
+    tensors.add("backbone.embedding.weight", vocabulary, D_MODEL, std=0.1)
     for index in range(config["n_layer"]):
         prefix = f"backbone.layers.{index}."
         tensors.norm(prefix + "norm.", D_MODEL, names)
@@ -94,7 +94,7 @@ def make_tensors(config: dict, generation: str = "stacked", gate_bias: bool = Fa
     if config["tie_embeddings"]:
         tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
     else:
-        tensors.add("lm_head.weight", vocabulary, D_MODEL)
+        tensors.add("lm_head.weight", vocabulary, D_MODEL, std=0.1)
     return tensors
 
 
