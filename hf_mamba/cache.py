@@ -9,6 +9,8 @@ assisted decoding exact.
 Symbols: B batch, D convolution channels, W convolution width.
 """
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 from transformers.utils import ModelOutput
+
+from .cache_files import load_states, save_states
 
 __all__ = ["RecurrentCache", "RecurrentLayer", "name_of_cache", "read_states", "write_states"]
 
@@ -144,7 +148,10 @@ class RecurrentCache(DynamicCache):
             raise TypeError(f"`config` must be a model configuration, got {type(config).__name__}; pass model.config.")
         if max_snapshots < 1:
             raise ValueError(f"`max_snapshots` must be at least 1, got {max_snapshots}.")
-        Cache.__init__(self, layers=[RecurrentLayer() for _ in range(config.num_hidden_layers)])
+        self._set_up(config.num_hidden_layers, max_snapshots)
+
+    def _set_up(self, num_layers: int, max_snapshots: int) -> None:
+        Cache.__init__(self, layers=[RecurrentLayer() for _ in range(num_layers)])
         self.max_snapshots = max_snapshots
         self.recording = False
         self._seen = 0
@@ -318,6 +325,146 @@ class RecurrentCache(DynamicCache):
         """Repeat every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    # for callers that keep their own batch: continuous batching, prefix reuse, saved conversations
+
+    def states(self) -> list[tuple[Tensor, Tensor]]:
+        """The convolution state (B, D, ≥ W - 1) and the SSM state of every layer that has them, not copied."""
+        return [pair for pair in map(_held, self.layers) if pair is not None]
+
+    def copy_from(self, other: "RecurrentCache") -> None:
+        """Take over states and token count of `other`, in place where this cache has states of the same shapes already.
+
+        Raises:
+            ValueError: `other` has another number of layers, or tokens to replay after `crop`.
+        """
+        self._check_partner(other)
+        if [tuple(s.shape for s in pair) for pair in self.states()] == [
+            tuple(s.shape for s in pair) for pair in other.states()
+        ]:
+            targets, sources = ([state for pair in cache.states() for state in pair] for cache in (self, other))
+            if targets:
+                torch._foreach_copy_(targets, sources)
+        else:
+            for index, pair in enumerate(map(_held, other.layers)):
+                if pair is not None:
+                    write_states(self, index, *pair)
+        self._seen = other._seen
+
+    def empty(self) -> "RecurrentCache":
+        """A new cache for the same model, without states."""
+        new = RecurrentCache.__new__(RecurrentCache)
+        new._set_up(len(self.layers), self.max_snapshots)
+        return new
+
+    def select(self, rows: Tensor | Sequence[int]) -> "RecurrentCache":
+        """A new cache with copies of some rows, in the order given; a row may be taken several times.
+
+        Args:
+            rows: (R,) integers from 0 to B - 1.
+
+        Raises:
+            ValueError: no state yet, a row that does not exist, or tokens to replay after `crop`.
+        """
+        index = self._row_index(rows)
+        self._check_partner(self)
+        new = self.empty()
+        for number, pair in enumerate(map(_held, self.layers)):
+            if pair is not None:
+                write_states(new, number, *(state.index_select(0, index) for state in pair))
+        new._seen = self._seen
+        return new
+
+    def insert(self, rows: Tensor | Sequence[int], other: "RecurrentCache") -> None:
+        """Put the rows of `other` in the place of some rows of this cache, in place.
+
+        The rows of a cache may have seen different numbers of tokens; its own count is then that of the longest.
+
+        Args:
+            rows: (R,) integers from 0 to B - 1, no two the same.
+            other: a cache of R rows for the same model.
+
+        Raises:
+            ValueError: no state yet, rows that do not exist or stand twice, another number of rows, another model's states,
+                or tokens to replay after `crop`.
+        """
+        index = self._row_index(rows)
+        self._check_partner(other)
+        if other.batch_size != len(index) or len(index.unique()) != len(index):
+            raise ValueError(
+                f"`rows` must name one row of this cache, each once, for each of the {other.batch_size} rows of `other`, got "
+                f"{index.tolist()}."
+            )
+        pairs = list(zip(self.states(), other.states(), strict=True))
+        for own, given in pairs:
+            if [s.shape[1:] for s in own] != [s.shape[1:] for s in given]:
+                raise ValueError(
+                    f"`other` holds states of shapes {[tuple(s.shape[1:]) for s in given]} a row, this cache of "
+                    f"{[tuple(s.shape[1:]) for s in own]}: they belong to different models."
+                )
+        for own, given in pairs:
+            for state, new in zip(own, given, strict=True):
+                state.index_copy_(0, index.to(state.device), new.to(state))
+        self._seen = max(self._seen, other._seen)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write states and token count to a safetensors file, of `nbytes` and a small header whatever the length.
+
+        The file is written under a temporary name and renamed.
+
+        Raises:
+            ValueError: no state yet, or tokens to replay after `crop`.
+        """
+        if self.batch_size == -1:
+            raise ValueError("The cache has no states yet; run a forward with it first.")
+        self._check_partner(self)
+        save_states(path, [_held(layer) for layer in self.layers], self._seen)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config: PreTrainedConfig, device: str | torch.device = "cpu"
+    ) -> "RecurrentCache":
+        """Read a file of `save`.
+
+        Args:
+            path: the file.
+            config: the configuration of the model that will continue.
+            device: where the states go.
+
+        Raises:
+            ValueError: not such a file, or one of a model with another number of layers.
+        """
+        cache = cls(config)
+        states, seen = load_states(path, len(cache.layers), device)
+        for index, pair in enumerate(states):
+            if pair is not None:
+                write_states(cache, index, *pair)
+        cache._seen = seen
+        return cache
+
+    def _row_index(self, rows: Tensor | Sequence[int]) -> Tensor:
+        batch = self.batch_size
+        if batch == -1:
+            raise ValueError("The cache has no states yet; run a forward with it first.")
+        index = torch.as_tensor(rows)
+        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool or index.numel() == 0:
+            raise ValueError(f"`rows` must be a list of row numbers, got {rows!r}.")
+        if int(index.min()) < 0 or int(index.max()) >= batch:
+            raise ValueError(f"`rows` must lie between 0 and {batch - 1}, got {index.tolist()}.")
+        return index.to(device=self.states()[0][0].device, dtype=torch.int64)
+
+    def _check_partner(self, other: "RecurrentCache") -> None:
+        if not isinstance(other, RecurrentCache) or len(other.layers) != len(self.layers):
+            raise ValueError(f"The other cache must be a RecurrentCache of {len(self.layers)} layers, got {other!r}.")
+        if self._pending is not None or other._pending is not None:
+            raise ValueError(
+                "The cache has tokens to replay after crop(), which are not in its states yet; run a forward with it first."
+            )
+        self._leave_inference_mode()
+
+
+def _held(layer: RecurrentLayer) -> tuple[Tensor, Tensor] | None:
+    return (layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else None
 
 
 def name_of_cache(cache: Cache) -> str:
