@@ -5,6 +5,8 @@ from transformers.utils import logging
 
 from benchmarks.cpu_generate import cpu_generate
 from benchmarks.cpu_training import cpu_training
+from benchmarks.ops import ops
+from benchmarks.plot import plot
 
 app = typer.Typer(
     help="Side-by-side measurements of hf_mamba and its peers; slower cells are shown too.",
@@ -16,6 +18,8 @@ app.command("cpu-training", epilog="Example: python -m benchmarks cpu-training -
 app.command("cpu-generate", epilog="Example: python -m benchmarks cpu-generate --models mamba2 --prompts 512")(
     cpu_generate
 )
+app.command("ops", epilog="Example: python -m benchmarks ops --op selective_scan --against mamba_ssm,eager")(ops)
+app.command("plot", epilog="Example: python -m benchmarks plot benchmarks/results/ops-nvidia-h100.json")(plot)
 
 if __name__ == "__main__":
     # the native classes warn about each compiled kernel that they miss; the record lists the packages instead

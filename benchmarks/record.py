@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -19,11 +20,11 @@ from rich.table import Table
 from benchmarks.timing import Outcome, Timing
 from hf_mamba.env import collect
 
-__all__ = ["RESULTS", "Record", "Row", "commit", "table_console"]
+__all__ = ["RESULTS", "Record", "Row", "commit", "format_number", "table_console"]
 
 RESULTS = Path(__file__).parent / "results"
 # None in the record says that a peer ran without it
-PEERS = ("mambapy", "mamba-ssm", "causal-conv1d")
+PEERS = ("mambapy", "mamba-ssm", "causal-conv1d", "flash-linear-attention")
 
 
 @dataclass
@@ -45,6 +46,10 @@ class Row:
     peak_memory_mib: float | None = None
     error: float | None = None
     tokens_per_s: float | None = None
+    # what the host needs to issue a call; what the bytes need that have to be moved; what is aimed at
+    host_ms: float | None = None
+    floor_ms: float | None = None
+    target_ms: float | None = None
 
     def fill(self, outcome: Outcome, tokens: int | None = None) -> "Row":
         """Take over what `timing.compare` found; `tokens` per run gives tokens per second of the median run."""
@@ -73,6 +78,8 @@ class Record:
     rows: list[Row] = field(default_factory=list)
     summary: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    # for a copy of the files without their .git
+    commit: str | None = None
 
     def machine(self) -> dict[str, Any]:
         """Device, driver, versions, commit, date and command."""
@@ -88,7 +95,7 @@ class Record:
             "python": environment.python,
             "packages": {**environment.packages, **{name: _version(name) for name in PEERS}},
             "torch_build": environment.torch_build,
-            "commit": commit(),
+            "commit": self.commit or commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         }
@@ -107,7 +114,10 @@ class Record:
             "summary": self.summary,
             "rows": [asdict(row) for row in self.rows],
         }
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        # whoever reads the file meanwhile finds the old one or the new one
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
         return path
 
     def print_rows(self, console: Console) -> None:
@@ -128,7 +138,7 @@ class Record:
                 numbers = (row.p20_ms, row.p50_ms, row.p80_ms, row.best_cpu_ms, row.tokens_per_s, row.peak_memory_mib)
                 error = "-" if row.error is None else f"{row.error:.0e}"
                 note = "" if row.status == "measured" else row.status
-                table.add_row(shape, row.contender, *map(_number, numbers), error, note)
+                table.add_row(shape, row.contender, *map(format_number, numbers), error, note)
             console.print(table)
 
     def print_summary(self, console: Console, title: str) -> None:
@@ -139,11 +149,12 @@ class Record:
         for name in self.summary[0]:
             table.add_column(name)
         for entry in self.summary:
-            table.add_row(*(value if isinstance(value, str) else _number(value) for value in entry.values()))
+            table.add_row(*(value if isinstance(value, str) else format_number(value) for value in entry.values()))
         console.print(table)
 
 
-def _number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
+    """Three digits, or all of them before the point; "-" for nothing."""
     if value is None:
         return "-"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

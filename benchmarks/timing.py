@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ __all__ = [
     "Outcome",
     "Timing",
     "compare",
+    "copy_bandwidth",
     "disagreement",
+    "host_ms",
     "measure",
     "peak_memory_mib",
     "percentile",
     "predict_seconds",
+    "synchronize",
 ]
 
 
@@ -110,14 +114,21 @@ def disagreement(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return worst
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done everything; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def run_once(run: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
     """Milliseconds of one call: wall time and, on the CPU, processor time, which other processes disturb less.
 
-    On a GPU it is the time between two events, so that the host's share shows only where the GPU waits for it.
+    On a GPU it is the time between two events. Before the first the L2 cache is cleared, as a model's other work does; while
+    the GPU does that, the host gets ahead, so that its share shows only where the GPU has to wait for it.
     """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
+        _larger_than_caches(device).zero_()
         start.record()
         run()
         end.record()
@@ -126,6 +137,33 @@ def run_once(run: Callable[[], object], device: torch.device) -> tuple[float, fl
     cpu, wall = time.process_time(), time.perf_counter()
     run()
     return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
+
+
+@cache
+def _larger_than_caches(device: torch.device) -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.uint8, device=device)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of a copy that no cache holds: the best of ten."""
+    source = torch.zeros((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = min(run_once(lambda: target.copy_(source), device)[0] for _ in range(10))
+    return 2 * source.numel() / (best / 1000)
+
+
+def host_ms(run: Callable[[], object], device: torch.device, calls: int = 10) -> float | None:
+    """Milliseconds that the host needs to issue a call, the quickest of `calls`; None where it computes itself."""
+    if device.type != "cuda":
+        return None
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    return 1000 * min(times)
 
 
 def measure(

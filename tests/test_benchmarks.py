@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,14 +122,116 @@ def test_cpu_generate_writes_a_record(tmp_path: Path) -> None:
     assert [row["runs"] for row in decode] == [3, 3]
 
 
+def toy_rows() -> list[Any]:
+    """Every op at a size for a CPU; targets make a column."""
+    rows = pytest.importorskip("benchmarks.op_rows")
+    mamba2 = {"H": 2, "P": 4, "G": 1, "N": 3}
+    shapes: dict[str, dict[str, int]] = {
+        "selective_scan": {"B": 3, "L": 150, "D": 4, "N": 3},
+        "ssd_chunk_scan": {"B": 2, "L": 140, **mamba2},
+        "causal_conv1d": {"B": 1, "L": 20, "D": 4, "W": 4},
+        "selective_state_update": {"B": 2, "D": 4, "N": 3},
+        "ssd_state_update": {"B": 2, **mamba2},
+        "causal_conv1d_update": {"B": 2, "D": 4, "W": 4},
+        "rms_norm": {"B": 2, "L": 9, "D": 8},
+        "add_rms_norm": {"B": 2, "L": 9, "D": 8},
+        "rms_norm_gated": {"B": 2, "L": 9, "D": 8},
+    }
+    assert shapes.keys() == rows.OPS.keys()
+    return [rows.OpRow(op, shape, 1e9, 1e-9) for op, shape in shapes.items()]
+
+
+def test_ops_writes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.ops.ROWS", toy_rows())
+    monkeypatch.setattr("benchmarks.ops.CELL_SECONDS", 0.0)
+    output, record = run(tmp_path, "ops", "--commit", "abc")
+    assert record["machine"]["commit"] == "abc"
+    found = {(row["subject"], row["contender"], row["mode"]) for row in record["rows"] if row["status"] == "measured"}
+    parallel = {row.op for row in toy_rows() if "L" in row.shape}
+    for row in toy_rows():
+        for name in ("hf_mamba", "eager"):
+            assert (row.op, name, "forward") in found
+            assert ((row.op, name, "forward + backward") in found) == (row.op in parallel)
+    assert "mamba_ssm" in record["settings"]["not installed"]
+    for row in record["rows"]:
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert 0 < row["floor_ms"] and row["error"] < 1e-2
+    assert "✓" in output and "✗" in output
+
+
+def test_ops_does_not_time_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.__main__ import app
+
+    contenders = pytest.importorskip("benchmarks.op_contenders")
+    monkeypatch.setattr("benchmarks.ops.ROWS", toy_rows())
+    right = contenders.implementation
+
+    def with_an_error(op: str, name: str) -> Any:
+        item = right(op, name)
+        return (
+            item if name != contenders.OURS else contenders.Implementation(name, lambda o: (item.call(o)[0] * 1.02,))
+        )
+
+    monkeypatch.setattr("benchmarks.ops.implementation", with_an_error)
+    path = tmp_path / "record.json"
+    result = CliRunner().invoke(app, ["ops", "--op", "causal_conv1d", "--out", str(path)])
+    assert result.exit_code == 1
+    assert "the gate is red: causal_conv1d (hf_mamba)" in result.output
+    rows = {(row["contender"], row["mode"]): row for row in json.loads(path.read_text())["rows"]}
+    for mode in ("forward", "forward + backward"):
+        assert rows["hf_mamba", mode]["status"].startswith("refused: ")
+        assert rows["hf_mamba", mode]["p50_ms"] is None
+        assert rows["eager", mode]["status"] == "measured"
+
+
+def test_ops_leaves_out_what_there_is_no_time_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.ops.ROWS", toy_rows())
+    _, record = run(tmp_path, "ops", "--quick", "--seconds", "0", "--against", "eager")
+    assert record["rows"]
+    assert all(row["status"] == "not run: --seconds 0 were over" for row in record["rows"])
+
+
+def test_first_calls_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    process = pytest.importorskip("benchmarks.op_process")
+    rows = {row.op: row for row in toy_rows()}
+    cells = [(rows["causal_conv1d"], "hf_mamba"), (rows["rms_norm"], "fla"), (rows["ssd_state_update"], "eager")]
+    parallel, missing, update = process.first_calls(cells, tmp_path, at_once=2)
+    assert parallel[0] > 0 and parallel[1] > 0
+    assert missing == "ValueError: fla has no rms_norm."
+    assert update[0] > 0 and update[1] is None
+
+
+def test_a_curve_is_plotted(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.__main__ import app
+
+    arguments = ["--op", "causal_conv1d", "--lengths", "8,16", "--against", "eager"]
+    run(tmp_path, "ops", *arguments)
+    result = CliRunner().invoke(app, ["plot", str(tmp_path / "record.json")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "record.png").stat().st_size > 10_000
+
+
+def test_curves_need_two_lengths() -> None:
+    plot = pytest.importorskip("benchmarks.plot")
+    row = {"subject": "op", "mode": "forward", "contender": "a", "p50_ms": 1.0}
+    rows = [row | {"shape": {"D": 4, "L": length}} for length in (16, 8)]
+    rows += [row | {"contender": "b", "shape": {"D": 4, "L": 8}}, row | {"p50_ms": None, "shape": {"D": 4, "L": 32}}]
+    assert plot.curves_of({"rows": rows}) == {("op D4", "forward"): {"a": [(8, 1.0), (16, 1.0)]}}
+    assert plot.curves_of({"rows": rows[2:]}) == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["cpu-training", "--models", "gpt2"], "--models"),
         (["cpu-training", "--lengths", "128,x"], "--lengths"),
         (["cpu-generate", "--prompts", "0"], "--prompts"),
+        (["ops", "--op", "scan"], "--op"),
+        (["ops", "--against", "jax"], "--against"),
+        (["ops", "--rows", "L7"], "--rows"),
     ],
-    ids=["models", "lengths", "prompts"],
+    ids=["models", "lengths", "prompts", "ops", "contenders", "rows"],
 )
 def test_bad_options_are_refused(arguments: list[str], part: str) -> None:
     from benchmarks.__main__ import app
