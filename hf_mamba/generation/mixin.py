@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from ..cache import MAX_REPLAY, RecurrentCache, name_of_cache
 from ..cache_names import CACHE_NAMES
 from ..models.inputs import select_cache
+from .graph_loop import plan
 from .prompt import Prompt, unseen_length
 
 __all__ = ["RecurrentGenerationMixin"]
@@ -24,6 +25,9 @@ OWN_CACHE = (None, "dynamic")
 
 # in the arguments of a generate() that hands out its cache: the end tokens and the length of the prompt
 ENDS = "_ends_of_rows"
+
+# in the arguments of a generate() whose prompt has been read already: the model's output for it
+PREFILLED = "_output_for_the_prompt"
 
 
 class RecurrentGenerationMixin(GenerationMixin):
@@ -90,6 +94,46 @@ class RecurrentGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """None: a recurrent model has no positions, and those of a caller are passed on as they are."""
 
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy decoding and sampling: by CUDA graphs where they give the same result, otherwise as transformers does it."""
+        cache = _given_cache(model_kwargs)
+        loop = plan(
+            self,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            model_kwargs=model_kwargs,
+            cache=cache,
+        )
+        if loop is not None:
+            outputs = self._prefill(input_ids, generation_config, model_kwargs)
+            assert isinstance(cache, RecurrentCache)
+            kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+            result = loop.run(input_ids, outputs.logits[:, -1], cache, kept)
+            if result is not None:
+                return result
+            model_kwargs[PREFILLED] = outputs
+        return super()._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+
     def _prefill(
         self,
         input_ids: Tensor,
@@ -102,6 +146,9 @@ class RecurrentGenerationMixin(GenerationMixin):
         Returns:
             The output for the last piece, with the hidden states of all.
         """
+        read = model_kwargs.pop(PREFILLED, None)
+        if read is not None:
+            return read
         cache = _given_cache(model_kwargs)
         prompt = Prompt(
             input_ids=input_ids,

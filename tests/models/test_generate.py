@@ -198,9 +198,7 @@ def test_only_the_new_tokens_with_a_mask_for_all(kind: str) -> None:
     whole = torch.cat([first.sequences, new], dim=1)
     # the last generated token has not been fed yet
     fed = torch.cat([first.sequences[:, -1:], new], dim=1)
-    assert_continues(
-        model, list(whole), fed, 4, attention_mask=torch.ones_like(whole), cache=first.past_key_values
-    )
+    assert_continues(model, list(whole), fed, 4, attention_mask=torch.ones_like(whole), cache=first.past_key_values)
 
 
 @ALL_MODELS

@@ -100,9 +100,7 @@ def test_defect_02_a_cache_that_has_seen_everything_is_refused(kind: str) -> Non
     model = make_model(kind)
     ids = random_ids(1, 6)
     with pytest.raises(ValueError, match="has seen 6 tokens"):
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), cache=filled_cache(model, ids), max_new_tokens=2
-        )
+        model.generate(ids, attention_mask=torch.ones_like(ids), cache=filled_cache(model, ids), max_new_tokens=2)
 
 
 @ALL_MODELS
@@ -229,9 +227,7 @@ def test_defect_11_crop_to_nothing_and_into_the_prompt(kind: str) -> None:
     ids, other = random_ids(1, 7), random_ids(1, 6, seed=8)
     cache = filled_cache(model, ids, recording=True)
     cache.crop(-3)
-    assert_close(
-        model(other, cache=cache).logits, all_logits(model, torch.cat([ids[:, :4], other], dim=1))[:, 4:]
-    )
+    assert_close(model(other, cache=cache).logits, all_logits(model, torch.cat([ids[:, :4], other], dim=1))[:, 4:])
     cache.crop(-cache.get_seq_length())
     assert cache.get_seq_length() == 0
     assert_close(model(other, cache=cache).logits, all_logits(model, other))
@@ -334,9 +330,7 @@ def test_defect_12_batch_operations(kind: str, pending: bool) -> None:
 
     cache = fresh()
     cache.batch_repeat_interleave(2)
-    assert_close(
-        model(tail.repeat_interleave(2, dim=0), cache=cache).logits, expected.repeat_interleave(2, dim=0)
-    )
+    assert_close(model(tail.repeat_interleave(2, dim=0), cache=cache).logits, expected.repeat_interleave(2, dim=0))
 
     for rows in (torch.tensor([2, 1]), torch.tensor([True, False, True])):
         cache = fresh()

@@ -1,0 +1,316 @@
+"""Greedy decoding and sampling as replayed CUDA graphs, with the results of transformers' own loop.
+
+A step is two replays: the model, and the choice of the next tokens. The host launches them ahead of the GPU and learns a few
+steps later which tokens came out, so that neither waits for the other. Where a step too many would show (states that are
+handed back, criteria that the host decides) it waits for each step.
+
+Symbols: B batch, L length of the prompt, V vocabulary.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.utils import logging
+
+from ..cache import ONE_NAME, RecurrentCache
+from ..cache_names import CACHE_NAMES
+from . import graphs
+from .sampling import TokenSampler, processor_key
+
+__all__ = ["GraphLoop", "plan"]
+
+logger = logging.get_logger(__name__)
+
+# steps that may be in flight before the host looks at the results of the oldest
+RUN_AHEAD = 8
+# fewer new tokens than this do not pay for a graph that has to be captured first
+WORTH_CAPTURING = 4
+# the buffer of ids grows in powers of two from here, so that few lengths need a graph of their own
+SMALLEST_CAPACITY = 256
+
+# arguments of the model that the prompt has used up; anything else keeps its meaning in later steps
+USED_UP = {*CACHE_NAMES, "attention_mask", "use_cache", "inputs_embeds", "position_ids", "logits_to_keep"}
+
+
+@dataclass
+class GraphLoop:
+    """What is known of a call of `generate()` before its prompt is read.
+
+    Attributes:
+        mark: fingerprint of the model.
+        sampler_key: what the sampler's graph depends on besides the model.
+        max_length: tokens at which to stop, prompt included.
+        host_criteria: stopping criteria to be asked after each step.
+    """
+
+    model: Any
+    mark: Any
+    sampler_key: tuple
+    logits_processors: list[Any]
+    generation_config: Any
+    eos_token_ids: list[int]
+    max_length: int
+    host_criteria: list[Any]
+    streamer: Any
+
+    def run(self, input_ids: Tensor, prompt_logits: Tensor, cache: RecurrentCache, kept: bool) -> Any:
+        """Generate after a prompt that the cache has seen.
+
+        Args:
+            input_ids: (B, L), the prompt.
+            prompt_logits: (B, V), for the token after it.
+            cache: the states after the prompt; moved on to the end if `kept`.
+            kept: whether anyone reads `cache` afterwards.
+
+        Returns:
+            What `GenerationMixin._sample` returns, or None if nothing could be captured; then nothing has changed.
+        """
+        # buffers of inference mode could not be written to outside of it later
+        with torch.inference_mode(False), torch.no_grad():
+            prepared = self._prepare(input_ids, cache)
+            if prepared is None:
+                return None
+            step, sampler, sampler_graph = prepared
+            try:
+                sampler.begin(input_ids, self.logits_processors)
+                step.cache.copy_from(cache)
+                step.logits.copy_(prompt_logits)
+                progress = _Progress(self, step, sampler, kept)
+                for index in range(self.max_length - input_ids.shape[1]):
+                    if index:
+                        step.graph.replay()
+                        progress.model_stepped()
+                    sampler_graph.replay()
+                    if progress.token_chosen():
+                        break
+                count = progress.drain()
+                sequences = sampler.ids[:, : input_ids.shape[1] + count].clone()
+                if kept:
+                    progress.hand_back(cache, count)
+            finally:
+                step.lock.release()
+        if self.streamer is not None:
+            self.streamer.end()
+        if not self.generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=None if progress.scores is None else tuple(progress.scores),
+            logits=None if progress.logits is None else tuple(progress.logits),
+            **{"cache" if ONE_NAME else "past_key_values": cache},
+        )
+
+    def _prepare(self, input_ids: Tensor, cache: RecurrentCache) -> tuple[graphs.DecodeStep, TokenSampler, Any] | None:
+        """The step, locked for this call, and the sampler with its graph; None if they cannot be had."""
+        capacity = max(SMALLEST_CAPACITY, 1 << (self.max_length - 1).bit_length())
+        with graphs.CAPTURING:
+            store = graphs.graphs_of(self.model, self.mark)
+            if not store.has_step(cache) and self.max_length - input_ids.shape[1] < WORTH_CAPTURING:
+                return None
+            step = _attempt(store, graphs.step_key(cache), lambda: store.step(self.model, cache))
+            # a locked step is decoding for another thread
+            if step is None or not step.lock.acquire(blocking=False):
+                return None
+            key = (capacity, *self.sampler_key)
+            found = _attempt(store, key, lambda: step.sampler(key, lambda: self._make_sampler(step, capacity)))
+            if found is None:
+                step.lock.release()
+                return None
+        return step, *found
+
+    def _make_sampler(self, step: graphs.DecodeStep, capacity: int) -> TokenSampler:
+        pad = self.generation_config._pad_token_tensor
+        return TokenSampler(
+            logits=step.logits,
+            next_ids=step.ids,
+            capacity=capacity,
+            logits_processors=self.logits_processors,
+            do_sample=self.generation_config.do_sample,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=0 if pad is None else int(pad),
+        )
+
+
+def _attempt(store: graphs.Graphs, key: Any, make: Callable[[], Any]) -> Any:
+    """`make()`, or None if it cannot be captured; what cannot be is remembered, but memory may be free the next time."""
+    if key in store.refused:
+        return None
+    try:
+        return make()
+    except torch.cuda.OutOfMemoryError:
+        logger.warning_once(
+            "hf_mamba: not enough GPU memory to capture a CUDA graph of a decoding step, so generate() takes the slower "
+            "loop. A smaller batch, or HF_MAMBA_CUDA_GRAPH=0 to stop trying, helps."
+        )
+    except RuntimeError as error:
+        logger.info(f"hf_mamba: no CUDA graph of a decoding step: {error}")
+        store.refused.add(key)
+    return None
+
+
+@dataclass
+class _Progress:
+    """What the host knows of a running loop: results come back a few steps late, in order."""
+
+    loop: GraphLoop
+    step: graphs.DecodeStep
+    sampler: TokenSampler
+    kept: bool
+    scores: list[Tensor] | None = None
+    logits: list[Tensor] | None = None
+    tokens: int = 0
+    stopped_at: int | None = None
+    pending: deque = field(default_factory=deque)
+    # rows that ended while others went on, with their states then
+    ended: dict[int, RecurrentCache] = field(default_factory=dict)
+    ending: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        config = self.loop.generation_config
+        if config.return_dict_in_generate:
+            self.scores = [] if config.output_scores else None
+            self.logits = [] if config.output_logits else None
+        stops_early = bool(self.loop.eos_token_ids) or bool(self.loop.host_criteria)
+        waits = bool(self.loop.host_criteria) or (self.kept and stops_early)
+        self.run_ahead = 0 if waits else RUN_AHEAD
+        batch, device = self.sampler.finished.shape[0], self.sampler.ids.device
+        pinned = device.type == "cuda"
+        self.free = [
+            (torch.zeros(2, batch, dtype=torch.int64, pin_memory=pinned), torch.Event(device) if pinned else None)
+            for _ in range(self.run_ahead + 1)
+        ]
+
+    def model_stepped(self) -> None:
+        """After the model has read a token of every row: rows for which that was the end token are done."""
+        for row in self.ending:
+            self.ended[row] = self.step.cache.select([row])
+        self.ending = []
+
+    def token_chosen(self) -> bool:
+        """After a token was chosen for every row; whether all rows are known to have finished."""
+        if self.logits is not None:
+            self.logits.append(self.step.logits.clone())
+        if self.scores is not None:
+            self.scores.append(self.sampler.scores.clone())
+        self.tokens += 1
+        if self.loop.host_criteria:
+            self._ask_criteria()
+        report, event = self.free.pop()
+        report.copy_(self.sampler.report, non_blocking=True)
+        if event is not None:
+            event.record(torch.cuda.current_stream(self.sampler.ids.device))
+        self.pending.append((report, event))
+        while self.pending and self.stopped_at is None and (len(self.pending) > self.run_ahead or self._arrived()):
+            self._take()
+        return self.stopped_at is not None
+
+    def _arrived(self) -> bool:
+        event = self.pending[0][1]
+        return event is None or event.query()
+
+    def _take(self) -> None:
+        """Look at the results of the oldest step in flight."""
+        report, event = self.pending.popleft()
+        if event is not None:
+            event.synchronize()
+        index = self.tokens - len(self.pending) - 1
+        if self.loop.streamer is not None:
+            self.loop.streamer.put(report[0].clone())
+        finished = report[1].tolist()
+        self.free.append((report, event))
+        if all(finished):
+            self.stopped_at = index
+        elif self.kept:
+            self.ending = [row for row, done in enumerate(finished) if done and row not in self.ended]
+
+    def _ask_criteria(self) -> None:
+        ids = self.sampler.ids[:, : self.sampler.prompt_length + self.tokens]
+        scores = None if self.scores is None else tuple(self.scores)
+        for criterion in self.loop.host_criteria:
+            done = torch.as_tensor(criterion(ids, scores), device=ids.device)
+            self.sampler.finished.logical_or_(done)
+        self.sampler.report[1].copy_(self.sampler.finished)
+
+    def drain(self) -> int:
+        """Wait for all steps in flight; the number of tokens that count."""
+        while self.pending and self.stopped_at is None:
+            self._take()
+        return self.tokens if self.stopped_at is None else self.stopped_at + 1
+
+    def hand_back(self, cache: RecurrentCache, count: int) -> None:
+        """Leave in `cache` the states after `count` tokens, of which the last was never read."""
+        states = self.step.cache
+        for row, ended in self.ended.items():
+            states.insert([row], ended)
+        seen = cache.get_seq_length()
+        cache.copy_from(states)
+        cache._seen = seen + count - 1
+
+
+def plan(
+    model: Any,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+    cache: Any,
+) -> GraphLoop | None:
+    """How to decode by graphs, or None where transformers' own loop has to do it."""
+    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
+        return None
+    if not runs_graphs(model.device) or synced_gpus or generation_config.is_assistant:
+        return None
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        return None
+    if not isinstance(cache, RecurrentCache) or cache.recording or not model_kwargs.get("use_cache"):
+        return None
+    if any(name not in USED_UP and value is not None for name, value in model_kwargs.items()):
+        return None
+    if torch.is_autocast_enabled(model.device.type):
+        return None
+    keys = [processor_key(processor) for processor in logits_processor]
+    if any(key is None for key in keys):
+        return None
+    max_length, eos_token_ids, host_criteria = None, [], []
+    for criterion in stopping_criteria:
+        if type(criterion) is MaxLengthCriteria:
+            max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            eos_token_ids += criterion.eos_token_id.tolist()
+        else:
+            host_criteria.append(criterion)
+    if max_length is None:
+        return None
+    mark = graphs.fingerprint(model)
+    if mark is None:
+        return None
+    pad = generation_config._pad_token_tensor
+    return GraphLoop(
+        model=model,
+        mark=mark,
+        sampler_key=(
+            tuple(keys),
+            bool(generation_config.do_sample),
+            tuple(eos_token_ids),
+            None if pad is None else int(pad),
+        ),
+        logits_processors=list(logits_processor),
+        generation_config=generation_config,
+        eos_token_ids=eos_token_ids,
+        max_length=max_length,
+        host_criteria=host_criteria,
+        streamer=streamer,
+    )
+
+
+def runs_graphs(device: torch.device) -> bool:
+    """Whether CUDA graphs can be captured on `device`."""
+    return device.type == "cuda"
