@@ -5,6 +5,7 @@ classes are imported when they are first looked up: transformers' modeling code 
 """
 
 import importlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .integrations import peft as peft_integration
 from .models.falcon_mamba.configuration_falcon_mamba import FalconMambaConfig
 from .models.mamba.configuration_mamba import MambaConfig
 from .models.mamba2.configuration_mamba2 import Mamba2Config
@@ -100,6 +102,9 @@ def register() -> None:
             # from_config() may be given an instance of the native configuration class
             if entry.native_config_class is not None:
                 content[entry.native_config_class] = _LazyClass(module, prefix + suffix)
+    # otherwise that module enables it when it is imported
+    if f"{__package__}.models.recurrent" in sys.modules:
+        peft_integration.enable()
 
 
 def unregister() -> None:
@@ -110,6 +115,7 @@ def unregister() -> None:
             content.pop(entry.config_class, None)
             content.pop(entry.native_config_class, None)
         CONFIG_MAPPING._extra_content.pop(model_type, None)
+    peft_integration.disable()
 
 
 def is_registered(model_type: str) -> bool:

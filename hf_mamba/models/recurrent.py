@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..cache import MAX_REPLAY, RecurrentCache
 from ..cache_names import CACHE_NAMES
+from ..integrations import peft as peft_integration
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
 from .inputs import (
@@ -33,6 +34,9 @@ from .outputs import RecurrentModelOutput
 __all__ = ["RecurrentBlock", "RecurrentModel", "RecurrentPreTrainedModel"]
 
 logger = logging.get_logger(__name__)
+
+# adapters on any projection are possible as soon as there can be a model
+peft_integration.enable()
 
 # the original mamba_ssm checkpoints call the embedding so
 ORIGINAL_KEYS = {r"(^|\.)embedding\.weight$": r"\1embeddings.weight"}
