@@ -1,10 +1,41 @@
-"""Uploading a finished folder."""
+"""The Hub: downloading a source, uploading a finished folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import ConversionError
 
-__all__ = ["check_repository", "push"]
+__all__ = ["check_repository", "download", "push"]
+
+
+def download(repo_id: str, revision: str | None, choose: Callable[[list[str]], list[str]]) -> Path:
+    """Folder with files of a repository.
+
+    Args:
+        choose: which of the files at the top of the repository are wanted. Without a connection it is not asked: then what
+            the cache has is taken.
+
+    Raises:
+        ConversionError: no such repository, or no connection and nothing in the cache.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    wanted: list[str] | None = None
+    try:
+        names = HfApi().list_repo_files(repo_id, revision=revision)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _not_on_hub(repo_id, error) from error
+    except Exception:  # every version of huggingface_hub has another HTTP client, with its own connection errors
+        pass
+    else:
+        wanted = choose([name for name in names if "/" not in name])
+    try:
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=wanted, local_files_only=wanted is None)
+        )
+    except (OSError, ValueError) as error:
+        raise _not_on_hub(repo_id, error) from error
 
 
 def check_repository(repo_id: str) -> None:
@@ -50,6 +81,12 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
             f"with `hf upload {repo_id} {folder}`."
         ) from error
     return str(url)
+
+
+def _not_on_hub(repo_id: str, error: Exception) -> ConversionError:
+    return ConversionError(
+        f"{repo_id!r} is no folder or file here and cannot be had from the Hub: {_first_line(error)}."
+    )
 
 
 def _first_line(error: Exception) -> str:

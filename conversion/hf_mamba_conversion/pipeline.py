@@ -15,11 +15,12 @@ from .checks import check_plan, model_class, target_dtype
 from .destination import check_destination, check_space, new_folder
 from .errors import ConversionError
 from .export import export_config, export_rules
+from .files import sha256
 from .formats import ConversionPlan, Format, TensorRule, detect_format
 from .hub import check_repository, push
 from .progress import Progress
 from .report import ConversionReport
-from .source import CheckpointSource, sha256
+from .source import CheckpointSource
 from .tokenizer import copy_tokenizer, find_tokenizer
 from .verify import apply_rule, verify
 from .writer import BinWriter, SafetensorsWriter, TensorSpec, parse_size

@@ -4,10 +4,7 @@ Nothing is trusted: pickles are opened with `weights_only=True`, an index may na
 and dtypes are known, and checked against the index, before a weight is read.
 """
 
-import hashlib
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,29 +16,13 @@ import torch
 from torch import Tensor
 
 from .errors import ConversionError
+from .files import WEIGHT_SUFFIXES, choose_weights, locate, read_json
 
-__all__ = ["CARRIED_FILES", "CheckpointSource", "TensorInfo", "download_tokenizer", "sha256", "tokenizer_files"]
+__all__ = ["CheckpointSource", "TensorInfo"]
 
-# in this order; a folder that has several is read by the first
-STANDARD_NAMES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "consolidated.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # dictionaries in which training programs wrap their state dict
 CONTAINER_KEYS = ("model", "state_dict", "model_state", "model_state_dict", "module")
 MAX_CONTAINER_DEPTH = 3
-TOKENIZER_FILE = re.compile(
-    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.tiktoken"
-    r"|spiece\.model|sentencepiece.*\.model|chat_template\.(jinja|json))"
-)
-CARRIED_FILES = ("generation_config.json",)
-# transformers writes an infinite limit as {"__float__": "Infinity"}
-SPECIAL_FLOAT = "__float__"
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -97,7 +78,7 @@ class CheckpointSource:
         self._read_as: torch.dtype | None = None
         self._readers: dict[str, Callable[[], Tensor]] = {}
         self._open_files = ExitStack()
-        path = _locate(self.location, revision)
+        path = locate(self.location, revision)
         self.folder = path if path.is_dir() else path.parent
         self.config = _read_config(self.folder / "config.json")
         self.params = _read_config(self.folder / "params.json")
@@ -150,7 +131,7 @@ class CheckpointSource:
         return self.infos[name].shape
 
     def _open_weights(self, path: Path) -> list[Path]:
-        file = _choose_weights(path) if path.is_dir() else path
+        file = choose_weights(path) if path.is_dir() else path
         if file.name.endswith(".index.json"):
             return self._open_shards(file)
         self._open_file(file)
@@ -167,7 +148,7 @@ class CheckpointSource:
             self._open_pickle(file)
 
     def _open_shards(self, index: Path) -> list[Path]:
-        content = _read_json(index)
+        content = read_json(index)
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{index.name} has no `weight_map`; it is not a shard index.")
@@ -261,7 +242,7 @@ class CheckpointSource:
                 f"{file} is refused: it is damaged, or holds more than tensors and plain values and could run code when "
                 f"opened ({reason.strip()}). Save only the state dict, with torch.save(model.state_dict(), path)."
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        except Exception as error:  # in a damaged file the unpickler stumbles over anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConversionError(f"{file} cannot be read: {reason}. Is it truncated? Download it again.") from error
 
@@ -275,130 +256,6 @@ class CheckpointSource:
             size *= length
         self.infos[name] = TensorInfo(shape, dtype, size)
         self._readers[name] = reader
-
-
-def sha256(file: Path, advance: Callable[[int], None] | None = None) -> str:
-    """Checksum of a file in hexadecimal; `advance` is told the bytes read since the last call."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 24):
-            digest.update(block)
-            if advance is not None:
-                advance(len(block))
-    return digest.hexdigest()
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Files of a tokenizer, and of generation settings, directly in `folder`."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file() and (TOKENIZER_FILE.fullmatch(path.name) or path.name in CARRIED_FILES)
-    )
-
-
-def _locate(location: str, revision: str | None) -> Path:
-    path = Path(location).expanduser()
-    if path.exists():
-        if revision is not None:
-            raise ConversionError(f"a revision ({revision!r}) has a meaning on the Hub only, but {location} is local.")
-        return path
-    looks_like_path = location.startswith((".", "/", "~")) or "\\" in location or location.endswith(WEIGHT_SUFFIXES)
-    if looks_like_path or HUB_ID.fullmatch(location) is None:
-        raise ConversionError(
-            f"there is no {location!r}; give a folder, a weight file, or an id on the Hub such as owner/name."
-        )
-    return _download(location, revision)
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    """Folder with the configuration, the tokenizer and one set of weights of a repository on the Hub."""
-    names = _names_on_hub(repo_id, revision)
-    if names is None:
-        return _snapshot(repo_id, revision, wanted=None)
-    weights = _choose_name(repo_id, names)
-    configurations = ("config.json", "params.json", *CARRIED_FILES)
-    return _snapshot(
-        repo_id,
-        revision,
-        wanted=[
-            name
-            for name in names
-            if name == weights
-            or name in configurations
-            or TOKENIZER_FILE.fullmatch(name)
-            or _is_shard_of(name, weights)
-        ],
-    )
-
-
-def download_tokenizer(repo_id: str) -> Path:
-    """Folder with the tokenizer's files of a repository on the Hub.
-
-    Raises:
-        ConversionError: no such repository, or no connection and nothing in the cache.
-    """
-    names = _names_on_hub(repo_id, None)
-    return _snapshot(repo_id, None, None if names is None else [n for n in names if TOKENIZER_FILE.fullmatch(n)])
-
-
-def _names_on_hub(repo_id: str, revision: str | None) -> list[str] | None:
-    """Files at the top of a repository, or None without a connection: then the cache may have them."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        names = HfApi().list_repo_files(repo_id, revision=revision)
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise _not_on_hub(repo_id, error) from error
-    except Exception:  # every version of huggingface_hub has another HTTP client, with its own connection errors
-        return None
-    return [name for name in names if "/" not in name]
-
-
-def _snapshot(repo_id: str, revision: str | None, wanted: list[str] | None) -> Path:
-    """Download the files `wanted`; None: take what the cache has."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=wanted, local_files_only=wanted is None)
-        )
-    except (OSError, ValueError) as error:
-        raise _not_on_hub(repo_id, error) from error
-
-
-def _not_on_hub(repo_id: str, error: Exception) -> ConversionError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ConversionError(f"{repo_id!r} is no folder or file here and cannot be had from the Hub: {reason}")
-
-
-def _is_shard_of(name: str, index: str) -> bool:
-    stem, _, suffix = index.removesuffix(".index.json").partition(".")
-    return index.endswith(".index.json") and re.fullmatch(rf"{stem}-\d+-of-\d+\.{suffix}", name) is not None
-
-
-def _choose_weights(folder: Path) -> Path:
-    return folder / _choose_name(str(folder), [path.name for path in folder.iterdir() if path.is_file()])
-
-
-def _choose_name(place: str, names: Iterable[str]) -> str:
-    """The one file, or index, that holds the weights among these names."""
-    present = [name for name in names if "/" not in name]
-    for name in STANDARD_NAMES:
-        if name in present:
-            return name
-    candidates = sorted(name for name in present if name.endswith((*WEIGHT_SUFFIXES, ".index.json")))
-    indexes = [name for name in candidates if name.endswith(".index.json")]
-    if len(indexes) == 1:
-        return indexes[0]
-    if not candidates:
-        raise ConversionError(f"{place} has no weights: no {', '.join(WEIGHT_SUFFIXES)} file in it.")
-    if len(candidates) > 1:
-        raise ConversionError(
-            f"{place} has several weight files and no index ({', '.join(candidates[:5])}); give the one to convert."
-        )
-    return candidates[0]
 
 
 def _check_shard_name(index: Path, key: str, name: Any, suffix: str) -> None:
@@ -418,28 +275,4 @@ def _check_shard_name(index: Path, key: str, name: Any, suffix: str) -> None:
 
 
 def _read_config(file: Path) -> dict[str, Any] | None:
-    return _read_json(file) if file.is_file() else None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; a key given twice is an error, as one of the two values would be lost."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> Any:
-        if len(pairs) == 1 and pairs[0][0] == SPECIAL_FLOAT:
-            return float(pairs[0][1])
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ConversionError(f"{file} has the key {key!r} twice.")
-            found[key] = value
-        return found
-
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except ConversionError:
-        raise
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} holds a {type(content).__name__}; expected an object.")
-    return content
+    return read_json(file) if file.is_file() else None

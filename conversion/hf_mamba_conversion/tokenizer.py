@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConversionError
-from .source import CARRIED_FILES, CheckpointSource, download_tokenizer, tokenizer_files
+from .files import CARRIED_FILES, download_tokenizer, tokenizer_files
+from .source import CheckpointSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

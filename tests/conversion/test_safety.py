@@ -4,6 +4,9 @@ import hashlib
 import json
 import os
 import pickle
+import random
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +172,38 @@ def test_damaged_or_hostile_files(name: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) in (["source"], ["other", "source"])
 
 
+@pytest.mark.parametrize("kind", ["bin", "old_bin", "safetensors", "index"])
+def test_random_damage_is_a_clear_error_or_harmless(kind: str, tmp_path: Path) -> None:
+    tensors = mamba_ssm_tensors(CONFIG)
+    folder = tmp_path / "source"
+    if kind == "index":
+        file = write_shards(folder, tensors, CONFIG) / "model.safetensors.index.json"
+    elif kind == "safetensors":
+        file = write_safetensors(folder, tensors, CONFIG) / "model.safetensors"
+    else:
+        file = write_bin(folder, tensors, CONFIG) / "pytorch_model.bin"
+        torch.save(dict(tensors), file, _use_new_zipfile_serialization=kind == "bin")
+    content = file.read_bytes()
+    choose = random.Random(0)
+    errors = 0
+    for _ in range(40):
+        damaged = bytearray(content)
+        if choose.random() < 0.3:
+            del damaged[choose.randrange(len(content)) :]
+        for _ in range(choose.choice((1, 3, 30)) if len(damaged) == len(content) else 0):
+            # names and shapes stand at the beginning or at the end
+            place = choose.choice((choose.randrange(3000), -1 - choose.randrange(6000))) % len(content)
+            damaged[place] = choose.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            convert(folder, tmp_path / "result")
+            shutil.rmtree(tmp_path / "result")
+        except ConversionError:
+            errors += 1
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert errors > 10
+
+
 STAGES = (
     "Opening",
     "Planning",
@@ -229,6 +264,56 @@ def test_killed_at_the_start_of_any_stage(stage: str, error: type[BaseException]
 )
 def test_killed_within_a_stage(stage: str, reports: int, to: str, tmp_path: Path) -> None:
     assert_killed_without_trace(Killer(stage, reports, MemoryError), to, tmp_path)
+
+
+class Killed(BaseException):
+    pass
+
+
+class KilledAtCall:
+    """For `sys.setprofile`: counts the calls of functions of ours, and raises in one of them."""
+
+    def __init__(self, number: int | None) -> None:
+        self.number, self.count = number, 0
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and "hf_mamba_conversion" in frame.f_code.co_filename:
+            self.count += 1
+            if self.count == self.number:
+                raise Killed
+
+
+def calls_until_killed(number: int | None, *arguments: Any, **options: Any) -> int:
+    """Convert, raising in the call of that number if it comes to it; how many calls there were."""
+    counter = KilledAtCall(number)
+    sys.setprofile(counter)
+    try:
+        convert(*arguments, **options)
+    except Killed:
+        pass
+    finally:
+        sys.setprofile(None)
+    return counter.count
+
+
+@pytest.mark.parametrize("to", ["hf", "mamba_ssm"])
+def test_killed_in_any_function(to: str, tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "source", mamba_ssm_tensors(CONFIG), CONFIG)
+    before = fingerprint(source)
+    total = calls_until_killed(None, source, tmp_path / "whole", to=to, verify=True)
+    shutil.rmtree(tmp_path / "whole")
+    assert total > 500
+    points = [*range(2, total - 20, total // 25), *range(total - 20, total)]
+    for number in points:
+        assert calls_until_killed(number, source, tmp_path / "result", to=to, verify=True) == number
+        if (tmp_path / "result").exists():
+            # it was already in its place, and nothing was left to do but to close the source
+            assert number > total - 10
+            assert all((tmp_path / "result" / name).is_file() for name in ("README.md", "config.json"))
+            shutil.rmtree(tmp_path / "result")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    convert(source, tmp_path / "result", to=to, verify=True)
+    assert fingerprint(source) == before
 
 
 def test_the_stages_are_all_there_are(tmp_path: Path) -> None:

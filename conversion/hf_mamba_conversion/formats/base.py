@@ -1,7 +1,7 @@
 """What every source format offers: recognise a checkpoint, plan its conversion, compute its logits independently."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
     from ..source import CheckpointSource
 
-__all__ = ["ConversionPlan", "Format", "FormatOption", "TensorRule", "config_value", "copy_rule"]
+__all__ = ["ConversionPlan", "Format", "FormatOption", "TensorRule", "config_count", "config_value", "make_config"]
 
 Shape = tuple[int, ...]
+
+# of layers, or of experts in one: what a file claims beyond this would only fill the memory with names
+MAX_COUNT = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,6 @@ class TensorRule:
     def __post_init__(self) -> None:
         assert len(self.sources) == len(self.source_shapes), f"{self.target}: a shape for each source"
         assert self.build is not None or self.source_shapes == (self.shape,), f"{self.target}: a copy keeps its shape"
-
-
-def copy_rule(target: str, source: str, shape: Iterable[int]) -> TensorRule:
-    """The source tensor `source` of this shape becomes `target` as it is."""
-    shape = tuple(shape)
-    return TensorRule(target=target, sources=(source,), shape=shape, source_shapes=(shape,))
 
 
 @dataclass
@@ -82,7 +79,7 @@ class Format(ABC):
     """One dialect of checkpoints.
 
     Attributes:
-        name: short, as shown and as given to `--format`, such as "mamba_ssm".
+        name: short, such as "mamba_ssm".
         title: for people, such as "mamba_ssm (state-spaces/mamba)".
         options: what the user may choose with `--option NAME=VALUE`.
     """
@@ -137,18 +134,47 @@ class Format(ABC):
         return {name: given.get(name, option.choices[0]) for name, option in self.options.items()}
 
 
-def config_value(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+def config_value(
+    config: Mapping[str, Any], key: str, kind: type, default: Any = None, file: str = "config.json"
+) -> Any:
     """`config[key]` checked to be of type `kind`; `default` where it is missing.
+
+    Args:
+        file: where `config` was read, for messages.
 
     Raises:
         ConversionError: missing without a default, or of another type.
     """
     value = config.get(key, default)
-    if value is None:
-        raise ConversionError(f"config.json has no {key!r}, which this format needs; is it the right config.json?")
-    right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    if value is None and key not in config:
+        raise ConversionError(f"{file} has no {key!r}, which this format needs; is it the right {file}?")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not right:
-        raise ConversionError(f"config.json: {key!r} must be {kind.__name__}, got {value!r}.")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConversionError(f"{file}: {key!r} must be {kind.__name__}, got {value!r}.")
     return value
+
+
+def config_count(config: Mapping[str, Any], key: str, least: int = 1, default: int | None = None) -> int:
+    """`config[key]` checked to be a possible number of layers or experts, `least` or more.
+
+    Raises:
+        ConversionError: missing without a default, no integer, or out of range.
+    """
+    value: int = config_value(config, key, int, default)
+    if not least <= value <= MAX_COUNT:
+        raise ConversionError(f"config.json: {key!r} must be from {least} to {MAX_COUNT}, got {value}.")
+    return value
+
+
+def make_config(maker: Callable[..., "PreTrainedConfig"], *args: Any, **fields: Any) -> "PreTrainedConfig":
+    """`maker(*args, **fields)`, a configuration of the result from what a source says of itself.
+
+    Raises:
+        ConversionError: the values describe no model.
+    """
+    try:
+        return maker(*args, **fields)
+    # transformers raises the last two for a `dtype` that is none
+    except (TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
+        raise ConversionError(f"the checkpoint's configuration does not describe a model: {error}") from error

@@ -8,17 +8,18 @@ Symbols: H model width, F expert width, E experts, V vocabulary.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConversionError
-from .base import ConversionPlan, Format, FormatOption, TensorRule, config_value, copy_rule
-from .moe_common import mixer_rules, norm_rules, routed, stack_rule
-from .plain_mamba import ACTIVATIONS, layer_norm, mamba1_mixer, rms_norm
-from .plain_model import getter
+from .base import ConversionPlan, Format, FormatOption, TensorRule, config_count, config_value, make_config
+from .plain_mamba import ACTIVATIONS, Getter, layer_norm, linear, mamba1_mixer, need, rms_norm
+from .plain_model import getter, routed
+from .rules import copy_rule, mixer_rules, norm_rules, stack_rule
 
 if TYPE_CHECKING:
     from ..source import CheckpointSource
@@ -81,7 +82,8 @@ class BlackMambaFormat(Format):
         gated = config_value(given, "swiglu", bool)
         width = config_value(given, "ffn_hidden_size", int)
         counts = [num_experts(code) for code in codes]
-        config = MoeMambaConfig(
+        config: Any = make_config(
+            MoeMambaConfig,
             vocab_size=config_value(given, "vocab_size", int),
             hidden_size=config_value(given, "hidden_size", int),
             layers_block_type=[layer_kind(code) for code in codes],
@@ -129,69 +131,54 @@ class BlackMambaFormat(Format):
     @torch.no_grad()
     def reference_logits(self, source: "CheckpointSource", plan: ConversionPlan, input_ids: Tensor) -> Tensor:
         given = read_config(source.config)
-        shapes = source.infos
-        activation = ACTIVATIONS[plan.options["activation"]]
-        gated = given["swiglu"]
-
-        get = getter(source, "")
-
-        def need(key: str) -> Tensor:
-            value = get(key)
-            if value is None:
-                raise ConversionError(f"{key} is missing.")
-            return value
-
-        def dense(prefix: str, x: Tensor) -> Tensor:
-            """Their MLP: in the gated one the activation is applied to the first half of the rows."""
-            inner = x @ need(prefix + "linear_fc1.weight").T
-            bias = get(prefix + "linear_fc1.bias")
-            inner = inner if bias is None else inner + bias
-            if gated:
-                first, second = inner.split(inner.shape[-1] // 2, dim=-1)
-                inner = activation(first) * second
-            else:
-                inner = activation(inner)
-            out = inner @ need(prefix + "linear_fc2.weight").T
-            bias = get(prefix + "linear_fc2.bias")
-            return out if bias is None else out + bias
-
-        def experts(prefix: str, x: Tensor) -> Tensor:
-            tokens = x.reshape(-1, x.shape[-1])
-            route = tokens @ need(prefix + "router.weight").T + need(prefix + "router.bias")
-            if plan.options["routing"] == "sigmoid":
-                route = 1 / (1 + torch.exp(-route))
-            else:
-                route = torch.exp(route - route.logsumexp(dim=1, keepdim=True))
-            best, chosen = route.max(dim=1)
-            out = routed(
-                tokens,
-                chosen[:, None],
-                best[:, None],
-                lambda expert, part: dense(f"{prefix}local_experts.{expert}.", part),
-            )
-            return out.view_as(x)
-
-        def feed_forward(prefix: str, x: Tensor) -> Tensor:
-            return experts(prefix, x) if prefix + "router.weight" in shapes else dense(prefix, x)
-
-        embedding = need(embedding_key(shapes))
+        top = getter(source, "")
+        forward = partial(
+            reference_feed_forward,
+            gated=given["swiglu"],
+            activation=ACTIVATIONS[plan.options["activation"]],
+            sigmoid=plan.options["routing"] == "sigmoid",
+        )
+        embedding = need(top, embedding_key(source.infos))
         residual = embedding[input_ids]
         for index in range(given["num_layers"]):
             prefix = f"decoder.layers.{index}."
-            normed = rms_norm(residual, need(prefix + "norm.weight"), eps=EPSILON)
+            get, mixer = getter(source, prefix), getter(source, f"{prefix}mixer.")
+            normed = rms_norm(residual, need(get, "norm.weight"), eps=EPSILON)
             code = given["mamba_moe_layers"][index] if given["mamba_moe_layers"] else "r"
-            if code[0] == "r":
-                update = mamba1_mixer(getter(source, prefix + "mixer."), normed)
-            else:
-                update = feed_forward(prefix + "mixer.", normed)
+            update = mamba1_mixer(mixer, normed) if code[0] == "r" else forward(mixer, normed)
             if len(code) == 2:
-                normed = rms_norm(residual, need(prefix + "norm_moe.weight"), eps=EPSILON)
-                update = update + feed_forward(prefix + "moe.", normed)
+                normed = rms_norm(residual, need(get, "norm_moe.weight"), eps=EPSILON)
+                update = update + forward(getter(source, f"{prefix}moe."), normed)
             residual = residual + update
-        final = layer_norm(residual, need("decoder.final_layernorm.weight"), need("decoder.final_layernorm.bias"))
-        logits = final @ embedding.T
-        bias = get("output_layer.bias")
+        final = need(top, "decoder.final_layernorm.weight"), need(top, "decoder.final_layernorm.bias")
+        logits = layer_norm(residual, *final) @ embedding.T
+        bias = top("output_layer.bias")
         return logits if bias is None else logits + bias
+
+
+def reference_feed_forward(
+    get: Getter, x: Tensor, gated: bool, activation: Callable[[Tensor], Tensor], sigmoid: bool
+) -> Tensor:
+    """Their MLP, or their experts where there is a router: (B, L, H) → (B, L, H)."""
+
+    def dense(prefix: str, part: Tensor) -> Tensor:
+        inner = linear(get, f"{prefix}linear_fc1", part)
+        if gated:
+            # the activation is applied to the first half of the rows
+            first, second = inner.split(inner.shape[-1] // 2, dim=-1)
+            inner = activation(first) * second
+        else:
+            inner = activation(inner)
+        return linear(get, f"{prefix}linear_fc2", inner)
+
+    if get("router.weight") is None:
+        return dense("", x)
+    tokens = x.reshape(-1, x.shape[-1])
+    route = tokens @ need(get, "router.weight").T + need(get, "router.bias")
+    scores = 1 / (1 + torch.exp(-route)) if sigmoid else torch.exp(route - route.logsumexp(dim=1, keepdim=True))
+    best, chosen = scores.max(dim=1)
+    out = routed(tokens, chosen[:, None], best[:, None], lambda expert, part: dense(f"local_experts.{expert}.", part))
+    return out.view_as(x)
 
 
 def read_config(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -214,7 +201,7 @@ def layer_codes(config: Mapping[str, Any]) -> list[str]:
     Raises:
         ConversionError: a wrong number of entries, or one that the released code has no layer for.
     """
-    layers = config_value(config, "num_layers", int)
+    layers = config_count(config, "num_layers")
     codes = config_value(config, "mamba_moe_layers", list)
     if not codes:
         return ["r"] * layers
@@ -264,7 +251,7 @@ def layer_rules(config: Any, index: int, code: str) -> list[TensorRule]:
     target, source = f"backbone.layers.{index}.", f"decoder.layers.{index}."
     rules = norm_rules("rmsnorm", config.hidden_size, target + "norm.", source + "norm.")
     if code[0] == "r":
-        rules += mixer_rules(config, target + "mixer.", source + "mixer.")
+        rules += mixer_rules(config, "mamba", target + "mixer.", source + "mixer.")
     if code == "r":
         return rules
     prefix = source + "mixer."
@@ -294,7 +281,7 @@ def layer_rules(config: Any, index: int, code: str) -> list[TensorRule]:
     return rules
 
 
-def notes(config: Mapping[str, Any], options: Mapping[str, str], feed_forward: bool):
+def notes(config: Mapping[str, Any], options: Mapping[str, str], feed_forward: bool) -> Iterator[str]:
     """What the user should know."""
     if feed_forward:
         yield (

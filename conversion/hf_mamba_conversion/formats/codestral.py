@@ -17,9 +17,20 @@ __all__ = ["CodestralFormat"]
 PREFIX = "model."
 # tokens of Mistral's vocabularies
 BOS_TOKEN, EOS_TOKEN = 1, 2
-# fields of params.json → fields of mamba_ssm's configuration
+# fields of params.json, all of them needed
+FIELDS: dict[str, type] = {
+    "dim": int,
+    "n_layers": int,
+    "vocab_size": int,
+    "n_groups": int,
+    "pad_vocab_size_multiple": int,
+    "rms_norm": bool,
+    "residual_in_fp32": bool,
+    "fused_add_norm": bool,
+    "tie_embeddings": bool,
+}
+# the names of two of them in mamba_ssm's configuration
 RENAMED = {"dim": "d_model", "n_layers": "n_layer"}
-SAME = ("vocab_size", "rms_norm", "residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings")
 
 
 class CodestralFormat(Format):
@@ -36,7 +47,7 @@ class CodestralFormat(Format):
         plan = plan_mamba_ssm(source, _mamba_ssm_config(params), prefix=PREFIX)
         plan.config.bos_token_id = BOS_TOKEN
         plan.config.eos_token_id = EOS_TOKEN
-        unknown = sorted(set(params) - {*RENAMED, *SAME, "n_groups", "model_type"})
+        unknown = sorted(set(params) - {*FIELDS, "model_type"})
         if unknown:
             plan.notes.append(f"params.json has fields that are not known here, left aside: {', '.join(unknown)}.")
         return plan
@@ -60,8 +71,6 @@ def _mamba_ssm_config(params: Mapping[str, Any]) -> dict[str, Any]:
     if kind != "mamba":
         raise ConversionError(f"params.json: `model_type` must be 'mamba', got {kind!r}.")
     # mistral-inference wants every one of them, so there are no defaults
-    absent = [name for name in (*RENAMED, *SAME, "n_groups") if name not in params]
-    if absent:
-        raise ConversionError(f"params.json has no {', '.join(map(repr, absent))}, which this format needs.")
-    config = {new: params[old] for old, new in RENAMED.items()} | {name: params[name] for name in SAME}
-    return config | {"ssm_cfg": {"layer": "Mamba2", "ngroups": config_value(params, "n_groups", int)}}
+    values = {name: config_value(params, name, kind, file="params.json") for name, kind in FIELDS.items()}
+    config = {RENAMED.get(name, name): value for name, value in values.items() if name != "n_groups"}
+    return config | {"ssm_cfg": {"layer": "Mamba2", "ngroups": values["n_groups"]}}

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import ConversionError
-from .base import ConversionPlan, Format, copy_rule
-from .mixer_shapes import mixer_shapes
+from .base import ConversionPlan, Format, config_count, make_config
 from .plain_mamba import Getter, mamba1_mixer, mamba2_mixer, rms_norm
 from .plain_model import plain_logits
+from .rules import copy_rule, mixer_rules, norm_rules
 
 if TYPE_CHECKING:
     from ..source import CheckpointSource
@@ -63,23 +63,19 @@ class HuggingFaceFormat(Format):
             "mamba2": hf_mamba.Mamba2Config,
             "falcon_mamba": hf_mamba.FalconMambaConfig,
         }
-        try:
-            config = classes[model_type].from_dict(source.config)
-        except (TypeError, ValueError) as error:
-            raise ConversionError(f"config.json does not describe a {model_type} model: {error}") from error
+        config_count(source.config, "num_hidden_layers", default=DEFAULTS[model_type]["num_hidden_layers"])
+        config: Any = make_config(classes[model_type].from_dict, source.config)
         # an instruction for initialising: transformers' classes would redraw weights that they load
         config.rescale_prenorm_residual = False
         V, d = config.vocab_size, config.hidden_size
         embedding = EMBEDDING if EMBEDDING in source else OLD_EMBEDDING
-        rules = [
-            copy_rule(EMBEDDING, embedding, (V, d)),
-            copy_rule("backbone.norm_f.weight", "backbone.norm_f.weight", (d,)),
-        ]
-        shapes = mixer_shapes(config, "mamba2" if model_type == "mamba2" else "mamba")
+        rules = [copy_rule(EMBEDDING, embedding, (V, d))]
+        mixer_type = "mamba2" if model_type == "mamba2" else "mamba"
         for index in range(config.num_hidden_layers):
             prefix = f"backbone.layers.{index}."
-            rules.append(copy_rule(f"{prefix}norm.weight", f"{prefix}norm.weight", (d,)))
-            rules.extend(copy_rule(f"{prefix}mixer.{n}", f"{prefix}mixer.{n}", shape) for n, shape in shapes.items())
+            rules += norm_rules("rmsnorm", d, f"{prefix}norm.", f"{prefix}norm.")
+            rules += mixer_rules(config, mixer_type, f"{prefix}mixer.", f"{prefix}mixer.")
+        rules += norm_rules("rmsnorm", d, "backbone.norm_f.", "backbone.norm_f.")
         derivable = {}
         if not config.tie_word_embeddings:
             rules.append(copy_rule(HEAD, HEAD, (V, d)))
@@ -120,7 +116,7 @@ class HuggingFaceFormat(Format):
             input_ids,
             embedding=embedding,
             layers="backbone.layers.",
-            n_layers=config["num_hidden_layers"],
+            order=range(config["num_hidden_layers"]),
             sublayers=[(partial(norm, "norm"), mixer)],
             final_norm=partial(norm, "backbone.norm_f"),
             head=embedding if config["tie_word_embeddings"] else HEAD,

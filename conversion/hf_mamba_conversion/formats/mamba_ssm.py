@@ -1,7 +1,7 @@
 """Checkpoints of the repository state-spaces/mamba: Mamba and Mamba-2, with everything that `ssm_cfg` can say."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from ..errors import ConversionError, UnsupportedFormatError
-from .base import ConversionPlan, Format, TensorRule, config_value, copy_rule
-from .mixer_shapes import mixer_shapes
+from .base import ConversionPlan, Format, TensorRule, config_count, config_value, make_config
 from .plain_mamba import Getter, layer_norm, linear, mamba1_mixer, mamba2_mixer, rms_norm
-from .plain_model import plain_logits
+from .plain_model import Part, plain_logits
+from .rules import copy_rule, mixer_rules, norm_rules, swapped_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ..source import CheckpointSource
 
-__all__ = ["MIXER_DEFAULTS", "MODEL_DEFAULTS", "MambaSsmFormat", "plan_mamba_ssm", "reference_mamba_ssm"]
+__all__ = ["MIXER_DEFAULTS", "NORM_EPS", "MambaSsmFormat", "plan_mamba_ssm", "reference_mamba_ssm"]
 
 NORM_EPS = 1e-5
 # the gated layer rounds its width up to a multiple of this
@@ -116,8 +116,9 @@ def plan_mamba_ssm(source: "CheckpointSource", given: Mapping[str, Any], prefix:
         UnsupportedFormatError: fields that no class of ours has: attention layers, Mamba-3, `d_ssm`, `D_has_hdim`, …
     """
     notes: list[str] = []
-    for key in ("d_model", "n_layer", "vocab_size"):
+    for key in ("d_model", "vocab_size"):
         config_value(given, key, int)
+    config_count(given, "n_layer")
     unknown = sorted(set(given) - set(MODEL_DEFAULTS))
     if unknown:
         notes.append(f"config.json has fields that mamba_ssm does not know, left aside: {', '.join(unknown)}.")
@@ -137,7 +138,8 @@ def _mixer_settings(model: dict[str, Any], notes: list[str]) -> tuple[str, dict[
             "MambaLMHeadModel loads it; for Bamba, transformers' BambaForCausalLM loads ibm-ai-platform/Bamba-9B."
         )
     given = dict(model["ssm_cfg"])
-    layer = given.pop("layer", "Mamba1")
+    layer = config_value(given, "layer", str, "Mamba1")
+    given.pop("layer", None)
     if layer == "Mamba3":
         raise UnsupportedFormatError(
             "the layers are Mamba-3 (`ssm_cfg.layer`), another recurrence with rotary angles and no convolution: no class "
@@ -156,13 +158,26 @@ def _mixer_settings(model: dict[str, Any], notes: list[str]) -> tuple[str, dict[
             f"{', '.join(defaults)}."
         )
     mixer = defaults | given
+    _check_types(mixer, defaults)
     if layer == "Mamba2":
         _refuse_variants(model, mixer)
     return layer, mixer
 
 
+def _check_types(mixer: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Hold each argument against the type of its default, where that says it all."""
+    for key, default in defaults.items():
+        value = mixer[key]
+        if key == "dt_limit":
+            if not isinstance(value, list | tuple) or [type(bound) in (int, float) for bound in value] != [True, True]:
+                raise ConversionError(f"config.json: 'dt_limit' must be a pair of numbers, got {value!r}.")
+        # "auto" and None stand for a number that follows from the others
+        elif value != default or key not in ("dt_rank", "d_ssm"):
+            config_value(mixer, key, int if key in ("dt_rank", "d_ssm") else type(default))
+
+
 def _refuse_variants(model: dict[str, Any], mixer: dict[str, Any]) -> None:
-    inner = int(mixer["expand"] * model["d_model"])
+    inner = mixer["expand"] * model["d_model"]
     if mixer["d_ssm"] not in (None, inner):
         raise UnsupportedFormatError(
             f"`ssm_cfg.d_ssm` {mixer['d_ssm']} differs from the inner width {inner}: part of the mixer is a gated MLP, which "
@@ -212,16 +227,15 @@ def _build_config(
     }
     if layer == "Mamba2":
         head_dim = mixer["headdim"]
-        inner = int(mixer["expand"] * model["d_model"])
+        inner = mixer["expand"] * model["d_model"]
         if head_dim < 1 or inner % head_dim:
             raise ConversionError(f"`ssm_cfg.headdim` must divide the inner width {inner}, got {head_dim}.")
-        limit = mixer["dt_limit"]
         fields |= {
             "head_dim": head_dim,
             "num_heads": inner // head_dim,
             "n_groups": mixer["ngroups"],
             "chunk_size": mixer["chunk_size"],
-            "time_step_limit": tuple(float(bound) for bound in limit),
+            "time_step_limit": tuple(float(bound) for bound in mixer["dt_limit"]),
         }
     else:
         rank = mixer["dt_rank"]
@@ -230,12 +244,9 @@ def _build_config(
             "time_step_scale": mixer["dt_scale"],
             "time_step_init_scheme": mixer["dt_init"],
         }
-    try:
-        if model["rms_norm"] and not model["d_intermediate"]:
-            return Mamba2Config(**fields) if layer == "Mamba2" else MambaConfig(**fields)
-        return MoeMambaConfig(**(fields | _frame(source, model, layer, prefix)))
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"config.json does not describe a model: {error}") from error
+    if model["rms_norm"] and not model["d_intermediate"]:
+        return make_config(Mamba2Config if layer == "Mamba2" else MambaConfig, **fields)
+    return make_config(MoeMambaConfig, **(fields | _frame(source, model, layer, prefix)))
 
 
 def _frame(source: "CheckpointSource", model: dict[str, Any], layer: str, prefix: str) -> dict[str, Any]:
@@ -274,34 +285,21 @@ def _rules(
 ) -> tuple[list[TensorRule], dict[str, str]]:
     V, d = config.vocab_size, config.hidden_size
     dense = bool(model["d_intermediate"])
+    norm_type = "rmsnorm" if model["rms_norm"] else "layernorm"
     embedding = f"{prefix}backbone.embedding.weight"
     rules = [copy_rule("backbone.embeddings.weight", embedding, (V, d))]
-
-    def norm(target: str, key: str) -> None:
-        names = ("weight",) if model["rms_norm"] else ("weight", "bias")
-        rules.extend(copy_rule(f"{target}.{name}", f"{key}.{name}", (d,)) for name in names)
-
-    shapes = mixer_shapes(config, mixer_type)
     for index in range(model["n_layer"]):
         key = f"{prefix}backbone.layers.{index}."
         target = f"backbone.layers.{2 * index if dense else index}."
-        norm(f"{target}norm", f"{key}norm")
-        rules.extend(copy_rule(f"{target}mixer.{name}", f"{key}mixer.{name}", shape) for name, shape in shapes.items())
+        rules += norm_rules(norm_type, d, f"{target}norm.", f"{key}norm.")
+        rules += mixer_rules(config, mixer_type, f"{target}mixer.", f"{key}mixer.")
         if dense:
             target = f"backbone.layers.{2 * index + 1}."
             F = config.mlp_intermediate_size
-            norm(f"{target}norm", f"{key}norm2")
-            rules.append(
-                TensorRule(
-                    target=f"{target}mlp.gate_up_proj.weight",
-                    sources=(f"{key}mlp.fc1.weight",),
-                    shape=(2 * F, d),
-                    source_shapes=((2 * F, d),),
-                    build=_gate_first,
-                )
-            )
+            rules += norm_rules(norm_type, d, f"{target}norm.", f"{key}norm2.")
+            rules.append(swapped_rule(f"{target}mlp.gate_up_proj.weight", f"{key}mlp.fc1.weight", (2 * F, d)))
             rules.append(copy_rule(f"{target}mlp.down_proj.weight", f"{key}mlp.fc2.weight", (d, F)))
-    norm("backbone.norm_f", f"{prefix}backbone.norm_f")
+    rules += norm_rules(norm_type, d, "backbone.norm_f.", f"{prefix}backbone.norm_f.")
     head = f"{prefix}lm_head.weight"
     if not model["tie_embeddings"]:
         rules.append(copy_rule("lm_head.weight", head, (V, d)))
@@ -309,16 +307,20 @@ def _rules(
     return rules, ({head: embedding} if head in source else {})
 
 
-def _gate_first(fc1: Tensor) -> Tensor:
-    """mamba_ssm's gated layer has the value's rows first, ours the gate's."""
-    value, gate = fc1.chunk(2)
-    return torch.cat([gate, value])
-
-
 def reference_mamba_ssm(
-    source: "CheckpointSource", given: Mapping[str, Any], input_ids: Tensor, prefix: str
+    source: "CheckpointSource",
+    given: Mapping[str, Any],
+    input_ids: Tensor,
+    prefix: str,
+    order: Iterable[int] | None = None,
+    feed_forward: Part | None = None,
 ) -> Tensor:
-    """Logits of a checkpoint with mamba_ssm's names below `prefix`, computed as mamba_ssm computes, in fp32."""
+    """Logits of a checkpoint with mamba_ssm's names below `prefix`, computed as mamba_ssm computes, in fp32.
+
+    Args:
+        order: of the layers, by default that of their numbers.
+        feed_forward: takes the place of the gated MLP.
+    """
     ssm_cfg = given.get("ssm_cfg", {})
 
     def norm(name: str, get: Getter, x: Tensor) -> Tensor:
@@ -341,21 +343,22 @@ def reference_mamba_ssm(
             dt_limit=(float(low), float(high)),
         )
 
-    def mlp(get: Getter, x: Tensor) -> Tensor:
-        value, gate = linear(get, "mlp.fc1", x).chunk(2, dim=-1)
-        return linear(get, "mlp.fc2", value * gate * torch.sigmoid(gate))
-
-    sublayers = [(partial(norm, "norm"), mixer)]
+    sublayers: list[tuple[Part, Part]] = [(partial(norm, "norm"), mixer)]
     if given.get("d_intermediate", 0):
-        sublayers.append((partial(norm, "norm2"), mlp))
+        sublayers.append((partial(norm, "norm2"), feed_forward or _gated_mlp))
     embedding = f"{prefix}backbone.embedding.weight"
     return plain_logits(
         source,
         input_ids,
         embedding=embedding,
         layers=f"{prefix}backbone.layers.",
-        n_layers=given["n_layer"],
+        order=range(given["n_layer"]) if order is None else order,
         sublayers=sublayers,
         final_norm=partial(norm, f"{prefix}backbone.norm_f"),
         head=embedding if given.get("tie_embeddings", True) else f"{prefix}lm_head.weight",
     )
+
+
+def _gated_mlp(get: Getter, x: Tensor) -> Tensor:
+    value, gate = linear(get, "mlp.fc1", x).chunk(2, dim=-1)
+    return linear(get, "mlp.fc2", value * gate * torch.sigmoid(gate))

@@ -9,19 +9,20 @@ Symbols: d model width, E experts, k experts per token, F expert width.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConversionError
-from .base import ConversionPlan, Format, FormatOption, TensorRule, config_value, copy_rule
-from .mamba_ssm import plan_mamba_ssm
-from .moe_common import routed, stack_rule, swap_halves
-from .plain_mamba import Getter, layer_norm, linear, mamba1_mixer, mamba2_mixer, precise, rms_norm
-from .plain_model import getter
+from .base import ConversionPlan, Format, FormatOption, TensorRule, config_count, config_value, make_config
+from .mamba_ssm import plan_mamba_ssm, reference_mamba_ssm
+from .plain_mamba import Getter, linear, need
+from .plain_model import routed
+from .rules import copy_rule, stack_rule, swapped_rule
 
 if TYPE_CHECKING:
     from hf_mamba import MoeMambaConfig
@@ -87,8 +88,9 @@ class MambaSsmMoeFormat(Format):
         fields = moe_fields(source, config_value(given, "moe_cfg", dict), first)
         kinds = [kind for index in order for kind in ("mamba", "moe" if index in moe_layers else "mlp")]
         base = plain.config.to_dict()
-        config = MoeMambaConfig.from_dict(
-            base | fields | {"layers_block_type": kinds, "num_hidden_layers": len(kinds)}
+        config: Any = make_config(
+            MoeMambaConfig.from_dict,
+            base | fields | {"layers_block_type": kinds, "num_hidden_layers": len(kinds)},
         )
         place = {index: position for position, index in enumerate(order)}
         rules = []
@@ -113,91 +115,18 @@ class MambaSsmMoeFormat(Format):
             options=dict(options),
         )
 
-    @torch.no_grad()
     def reference_logits(self, source: "CheckpointSource", plan: ConversionPlan, input_ids: Tensor) -> Tensor:
         given = source.config
         assert given is not None
-        ssm_cfg, moe_cfg = given.get("ssm_cfg", {}), given["moe_cfg"]
-
-        def norm(get: Getter, name: str, x: Tensor) -> Tensor:
-            weight = get(f"{name}.weight")
-            assert weight is not None
-            return rms_norm(x, weight) if given.get("rms_norm", True) else layer_norm(x, weight, get(f"{name}.bias"))
-
-        def mixer(get: Getter, x: Tensor) -> Tensor:
-            if ssm_cfg.get("layer", "Mamba1") == "Mamba1":
-                return mamba1_mixer(lambda name: get(f"mixer.{name}"), x)
-            low, high = ssm_cfg.get("dt_limit", (0.0, float("inf")))
-            return mamba2_mixer(
-                lambda name: get(f"mixer.{name}"),
-                x,
-                head_dim=ssm_cfg.get("headdim", 64),
-                n_groups=ssm_cfg.get("ngroups", 1),
-                dt_limit=(float(low), float(high)),
-            )
-
-        def gated(fc1: Tensor, fc2: Tensor, x: Tensor) -> Tensor:
-            value, gate = (x @ precise(fc1).T).chunk(2, dim=-1)
-            return (value * gate * torch.sigmoid(gate)) @ precise(fc2).T
-
-        def route(get: Getter, x: Tensor) -> tuple[Tensor, Tensor]:
-            """Indices and weights (N, k), one token after another."""
-            logits, bias = linear(get, "gate.lin", x), get("gate.bias")
-            groups, kept = moe_cfg.get("n_expert_groups", 1), moe_cfg.get("n_limited_groups", 1)
-            count = moe_cfg["n_activated_experts"]
-            sigmoid = moe_cfg.get("score_func", "softmax") == "sigmoid"
-            chosen, weights = [], []
-            for row in logits:
-                exact = row.sigmoid() if sigmoid else torch.exp(row - row.logsumexp(dim=0))
-                ranking = (exact if bias is None else exact + bias).tolist()
-                size = len(ranking) // groups
-                judged = 1 if bias is None else 2
-                worth = [sum(sorted(ranking[g * size : (g + 1) * size], reverse=True)[:judged]) for g in range(groups)]
-                open_groups = sorted(range(groups), key=lambda g: -worth[g])[: kept if groups > 1 else 1]
-                eligible = [e for e in range(len(ranking)) if e // size in open_groups]
-                best = sorted(eligible, key=lambda e: -ranking[e])[:count]
-                share = exact[best]
-                share = share / share.sum() if sigmoid else share
-                chosen.append(torch.tensor(best))
-                weights.append(share * moe_cfg.get("route_scale", 1.0))
-            return torch.stack(chosen), torch.stack(weights)
-
-        def experts(prefix: str, x: Tensor) -> Tensor:
-            get = getter(source, prefix)
-            tokens = x.reshape(-1, x.shape[-1])
-
-            def matrices(expert: int) -> tuple[Tensor, Tensor]:
-                for one, two in (
-                    ("experts.fc1_weights", "experts.fc2_weights"),
-                    ("experts.fc1.weight", "experts.fc2.weight"),
-                ):
-                    if prefix + one in source:
-                        return source.read(prefix + one)[expert], source.read(prefix + two)[expert]
-                name = f"{prefix}experts.{expert}."
-                return source.read(name + "fc1.weight"), source.read(name + "fc2.weight")
-
-            out = routed(tokens, *route(get, tokens), lambda expert, part: gated(*matrices(expert), part))
-            if prefix + "shared_experts.fc1.weight" in source:
-                shared = prefix + "shared_experts."
-                out = out + gated(source.read(shared + "fc1.weight"), source.read(shared + "fc2.weight"), tokens)
-            return out.view_as(x)
-
         names = [str(index) for index in range(given["n_layer"])]
-        hidden = precise(source.read("backbone.embedding.weight")[input_ids])
-        for name in sorted(names) if plan.options["layer_order"] == "string" else names:
-            prefix = f"backbone.layers.{name}."
-            get = getter(source, prefix)
-            hidden = hidden + mixer(get, norm(get, "norm", hidden))
-            if given.get("d_intermediate", 0):
-                normed = norm(get, "norm2", hidden)
-                if int(name) in given["moe_layer_idx"]:
-                    hidden = hidden + experts(prefix + "mlp.", normed)
-                else:
-                    fc1, fc2 = (source.read(f"{prefix}mlp.{part}.weight") for part in ("fc1", "fc2"))
-                    hidden = hidden + gated(fc1, fc2, normed)
-        hidden = norm(getter(source, "backbone."), "norm_f", hidden)
-        head = "backbone.embedding.weight" if given.get("tie_embeddings", True) else "lm_head.weight"
-        return hidden @ precise(source.read(head)).T
+        return reference_mamba_ssm(
+            source,
+            given,
+            input_ids,
+            prefix="",
+            order=map(int, sorted(names) if plan.options["layer_order"] == "string" else names),
+            feed_forward=partial(reference_feed_forward, given["moe_cfg"]),
+        )
 
 
 def expert_layers(source: "CheckpointSource", given: Mapping[str, Any]) -> list[int]:
@@ -207,7 +136,7 @@ def expert_layers(source: "CheckpointSource", given: Mapping[str, Any]) -> list[
         ConversionError: they do not, or a number is out of range.
     """
     listed = config_value(given, "moe_layer_idx", list, [])
-    layers = config_value(given, "n_layer", int)
+    layers = config_count(given, "n_layer")
     for index in listed:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < layers:
             raise ConversionError(
@@ -223,7 +152,7 @@ def expert_layers(source: "CheckpointSource", given: Mapping[str, Any]) -> list[
 
 def layer_order(given: Mapping[str, Any], order: str) -> list[int]:
     """Their layers' numbers in the order in which they run."""
-    layers = list(range(config_value(given, "n_layer", int)))
+    layers = list(range(config_count(given, "n_layer")))
     return sorted(layers, key=str) if order == "string" else layers
 
 
@@ -252,8 +181,8 @@ def moe_fields(source: "CheckpointSource", moe_cfg: Mapping[str, Any], layer: in
             f"{', '.join(sorted(MOE_ARGUMENTS | WITHOUT_EFFECT))}."
         )
     prefix = f"backbone.layers.{layer}.mlp."
-    count = config_value(moe_cfg, "n_routed_experts", int)
-    shared = config_value(moe_cfg, "n_shared_experts", int, 0)
+    count = config_count(moe_cfg, "n_routed_experts")
+    shared = config_count(moe_cfg, "n_shared_experts", least=0, default=0)
     scoring = config_value(moe_cfg, "score_func", str, "softmax")
     if scoring not in ("softmax", "sigmoid"):
         raise ConversionError(f"config.json: `moe_cfg.score_func` must be softmax or sigmoid, got {scoring!r}.")
@@ -265,9 +194,11 @@ def moe_fields(source: "CheckpointSource", moe_cfg: Mapping[str, Any], layer: in
         )
     second = expert_keys(source, prefix, count)[1][0]
     width = source.shape(second)[-1]
-    wanted = moe_cfg.get("d_intermediate", moe_cfg.get("hidden_features"))
-    multiple = config_value(moe_cfg, "multiple_of", int, 1)
-    if wanted is not None and width != -(-wanted // multiple) * multiple:
+    wanted = next(
+        (config_value(moe_cfg, key, int) for key in ("d_intermediate", "hidden_features") if key in moe_cfg), width
+    )
+    multiple = config_count(moe_cfg, "multiple_of", default=1)
+    if width != -(-wanted // multiple) * multiple:
         raise ConversionError(f"{second} has experts of width {width}, but `moe_cfg` in config.json says {wanted}.")
     fields = {
         "num_experts": count,
@@ -323,12 +254,60 @@ def moe_rules(config: "MoeMambaConfig", source: "CheckpointSource", target: str,
     return rules
 
 
-def swapped_rule(target: str, source: str, shape: tuple[int, ...]) -> TensorRule:
-    """The source with the halves of its rows in the other order."""
-    return TensorRule(target=target, sources=(source,), shape=shape, source_shapes=(shape,), build=swap_halves)
+def reference_feed_forward(moe_cfg: Mapping[str, Any], get: Getter, x: Tensor) -> Tensor:
+    """What stands in the place of the gated MLP: experts in layers that have a router, else the MLP itself."""
+    if get("mlp.gate.lin.weight") is None:
+        return reference_gated(need(get, "mlp.fc1.weight"), need(get, "mlp.fc2.weight"), x)
+    tokens = x.reshape(-1, x.shape[-1])
+    indices, weights = reference_routing(moe_cfg, get, tokens)
+    stacked = [
+        value
+        for one, two in (("fc1_weights", "fc2_weights"), ("fc1.weight", "fc2.weight"))
+        for value in (get(f"mlp.experts.{one}"), get(f"mlp.experts.{two}"))
+        if value is not None
+    ]
+
+    def run(expert: int, part: Tensor) -> Tensor:
+        names = (f"mlp.experts.{expert}.{name}.weight" for name in ("fc1", "fc2"))
+        fc1, fc2 = (value[expert] for value in stacked) if stacked else (need(get, name) for name in names)
+        return reference_gated(fc1, fc2, part)
+
+    out = routed(tokens, indices, weights, run)
+    if get("mlp.shared_experts.fc1.weight") is not None:
+        fc1, fc2 = (need(get, f"mlp.shared_experts.{name}.weight") for name in ("fc1", "fc2"))
+        out = out + reference_gated(fc1, fc2, tokens)
+    return out.view_as(x)
 
 
-def notes(given: Mapping[str, Any], options: Mapping[str, str]):
+def reference_gated(fc1: Tensor, fc2: Tensor, x: Tensor) -> Tensor:
+    """`fc2 · (value · silu(gate))`, value and gate being the two halves of `fc1 · x`."""
+    value, gate = (x @ fc1.T).chunk(2, dim=-1)
+    return (value * gate * torch.sigmoid(gate)) @ fc2.T
+
+
+def reference_routing(moe_cfg: Mapping[str, Any], get: Getter, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and weights (N, k) for tokens (N, d), found one token after another."""
+    bias = get("mlp.gate.bias")
+    groups, kept = moe_cfg.get("n_expert_groups", 1), moe_cfg.get("n_limited_groups", 1)
+    sigmoid = moe_cfg.get("score_func", "softmax") == "sigmoid"
+    chosen, weights = [], []
+    for row in linear(get, "mlp.gate.lin", tokens):
+        exact = row.sigmoid() if sigmoid else torch.exp(row - row.logsumexp(dim=0))
+        ranking = (exact if bias is None else exact + bias).tolist()
+        size = len(ranking) // groups
+        # a group is as good as its best expert, or as its two best with a bias
+        judged = 1 if bias is None else 2
+        worth = [sum(sorted(ranking[g * size : (g + 1) * size], reverse=True)[:judged]) for g in range(groups)]
+        open_groups = sorted(range(groups), key=lambda g: -worth[g])[: kept if groups > 1 else 1]
+        eligible = [e for e in range(len(ranking)) if e // size in open_groups]
+        best = sorted(eligible, key=lambda e: -ranking[e])[: moe_cfg["n_activated_experts"]]
+        share = exact[best] / exact[best].sum() if sigmoid else exact[best]
+        chosen.append(torch.tensor(best))
+        weights.append(share * moe_cfg.get("route_scale", 1.0))
+    return torch.stack(chosen), torch.stack(weights)
+
+
+def notes(given: Mapping[str, Any], options: Mapping[str, str]) -> Iterator[str]:
     """What the user should know."""
     if given["n_layer"] > 10:
         other = "numeric" if options["layer_order"] == "string" else "string"

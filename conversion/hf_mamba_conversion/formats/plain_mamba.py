@@ -24,6 +24,7 @@ __all__ = [
     "linear",
     "mamba1_mixer",
     "mamba2_mixer",
+    "need",
     "precise",
     "rms_norm",
 ]
@@ -60,14 +61,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
 def linear(get: Getter, name: str, x: Tensor) -> Tensor:
     """`x` through the layer of that name, in fp32; its bias is added if the source has one."""
-    out = precise(x) @ _need(get, f"{name}.weight").mT
+    out = precise(x) @ need(get, f"{name}.weight").mT
     bias = get(f"{name}.bias")
     return out if bias is None else out + precise(bias)
 
 
 def causal_convolution(get: Getter, x: Tensor, activation: str | None = "silu") -> Tensor:
     """Depthwise convolution `conv1d` of x (B, L, channels) over the last W tokens, and an activation or none."""
-    weight = _need(get, "conv1d.weight").squeeze(1)
+    weight = need(get, "conv1d.weight").squeeze(1)
     width = weight.shape[-1]
     padded = F.pad(precise(x), (0, 0, width - 1, 0))
     out = sum(padded[:, tap : tap + x.shape[1]] * weight[:, tap] for tap in range(width))
@@ -90,9 +91,9 @@ def mamba1_mixer(get: Getter, hidden: Tensor, parameter_norm_eps: float | None =
     """
     x, z = linear(get, "in_proj", hidden).chunk(2, dim=-1)
     x = causal_convolution(get, x)
-    A = -torch.exp(_need(get, "A_log"))
+    A = -torch.exp(need(get, "A_log"))
     state_size = A.shape[1]
-    rank = _need(get, "dt_proj.weight").shape[1]
+    rank = need(get, "dt_proj.weight").shape[1]
     low_rank, B, C = linear(get, "x_proj", x).split([rank, state_size, state_size], dim=-1)
     if parameter_norm_eps is not None:
         low_rank, B, C = (rms_norm(value, eps=parameter_norm_eps) for value in (low_rank, B, C))
@@ -102,7 +103,7 @@ def mamba1_mixer(get: Getter, hidden: Tensor, parameter_norm_eps: float | None =
     for t in range(x.shape[1]):
         state = torch.exp(dt[:, t, :, None] * A) * state + (dt[:, t] * x[:, t])[..., None] * B[:, t, None, :]
         outputs.append((state * C[:, t, None, :]).sum(dim=-1))
-    y = torch.stack(outputs, dim=1) + _need(get, "D") * x
+    y = torch.stack(outputs, dim=1) + need(get, "D") * x
     return linear(get, "out_proj", y * ACTIVATIONS["silu"](z))
 
 
@@ -120,10 +121,10 @@ def mamba2_mixer(
     `dt_bias`, `A_log`, `D` (H,); `norm.weight` (D,), a norm of `y · silu(z)` over groups of D / G channels; `out_proj.weight`
     (d, D); biases of `in_proj`, `conv1d` and `out_proj` if there are any.
     """
-    A = -torch.exp(_need(get, "A_log"))
+    A = -torch.exp(need(get, "A_log"))
     heads = A.shape[0]
     inner = heads * head_dim
-    conv_dim = _need(get, "conv1d.weight").shape[0]
+    conv_dim = need(get, "conv1d.weight").shape[0]
     state_size = (conv_dim - inner) // (2 * n_groups)
     z, xBC, dt = linear(get, "in_proj", hidden).split([inner, conv_dim, heads], dim=-1)
     groups_width = n_groups * state_size
@@ -134,20 +135,21 @@ def mamba2_mixer(
         value.reshape(batch, length, n_groups, state_size).repeat_interleave(heads // n_groups, dim=2)
         for value in (B, C)
     )
-    dt = F.softplus(dt + _need(get, "dt_bias")).clamp(*dt_limit)
+    dt = F.softplus(dt + need(get, "dt_bias")).clamp(*dt_limit)
     state = x.new_zeros(batch, heads, head_dim, state_size)
     outputs = []
     for t in range(length):
         decay = torch.exp(dt[:, t] * A)[..., None, None]
         state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
         outputs.append((state * C[:, t, :, None, :]).sum(dim=-1))
-    y = torch.stack(outputs, dim=1) + _need(get, "D")[:, None] * x
+    y = torch.stack(outputs, dim=1) + need(get, "D")[:, None] * x
     gated = y.reshape(batch, length, inner) * ACTIVATIONS["silu"](z)
     normed = rms_norm(gated.unflatten(-1, (n_groups, inner // n_groups)), eps=eps).flatten(-2)
-    return linear(get, "out_proj", normed * _need(get, "norm.weight"))
+    return linear(get, "out_proj", normed * need(get, "norm.weight"))
 
 
-def _need(get: Getter, name: str) -> Tensor:
+def need(get: Getter, name: str) -> Tensor:
+    """The tensor of that name, in fp32, which must be there."""
     value = get(name)
     if value is None:
         raise ValueError(f"The source has no tensor {name!r} where a forward of it needs one.")
