@@ -7,6 +7,7 @@ import typer
 from hf_mamba.cli.convert import convert
 from hf_mamba.cli.environment import env
 from hf_mamba.cli.generate import generate
+from hf_mamba.cli.inspect_experts import inspect_experts
 from hf_mamba.version import __version__
 
 __all__ = ["app"]
@@ -66,6 +67,15 @@ hf-mamba convert step_100000.pt --dry-run
 hf-mamba convert ./my-model ./for-mamba-ssm --to mamba_ssm
 """
 
+INSPECT_EXAMPLES = """\
+Examples:
+
+hf-mamba inspect-experts ./my-moe-mamba "The ship sailed at dawn."
+
+hf-mamba inspect-experts ./my-moe-mamba - --json < story.txt
+"""
+
 app.command(epilog=CONVERT_EXAMPLES)(convert)
 app.command(epilog=ENV_EXAMPLES)(env)
 app.command(epilog=GENERATE_EXAMPLES)(generate)
+app.command("inspect-experts", epilog=INSPECT_EXAMPLES)(inspect_experts)

@@ -6,15 +6,19 @@ Sources: Switch Transformer (Fedus et al., arXiv 2101.03961, §2), ST-MoE (Zoph 
 Symbols: N tokens, d model width, E experts, k experts per token.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
 __all__ = [
+    "Routing",
     "TopKRouter",
     "balance_statistics",
     "load_balancing_loss",
+    "router_probabilities",
     "router_scores",
     "router_z_loss",
     "within_capacity",
@@ -24,6 +28,31 @@ __all__ = [
 def router_scores(router_logits: Tensor, scoring: str) -> Tensor:
     """Scores (N, E) of each expert for each token: "softmax" or "sigmoid" of the logits (N, E)."""
     return router_logits.softmax(dim=-1) if scoring == "softmax" else router_logits.sigmoid()
+
+
+def router_probabilities(scores: Tensor, scoring: str) -> Tensor:
+    """The scores (N, E) as probabilities: those of a sigmoid divided by their sum over the experts."""
+    return scores if scoring == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
+
+
+class Routing(NamedTuple):
+    """What a layer did with its N tokens, padding included; without gradients.
+
+    Attributes:
+        router_logits: (N, E) fp32.
+        weights: (N, k) fp32, 0 where the token was dropped.
+        indices: (N, k) int64, the chosen experts.
+        kept: (N, k) bool, False where an expert had no room for the token; None = nothing was dropped.
+        valid: (N,) bool, False at padding; None = all real.
+        training: whether this was a step of training, with jitter and capacity, rather than evaluation or decoding.
+    """
+
+    router_logits: Tensor
+    weights: Tensor
+    indices: Tensor
+    kept: Tensor | None
+    valid: Tensor | None
+    training: bool
 
 
 class TopKRouter(nn.Module):
@@ -59,6 +88,7 @@ class TopKRouter(nn.Module):
         topk_groups: int = 1,
     ):
         super().__init__()
+        self.num_experts = num_experts
         self.top_k, self.scoring, self.normalize, self.jitter_noise = top_k, scoring, normalize, jitter_noise
         self.scaling_factor, self.num_groups, self.topk_groups = scaling_factor, num_groups, topk_groups
         # in fp32 whatever the model's dtype, as from_pretrained keeps them
@@ -175,8 +205,7 @@ def balance_statistics(
     scores = router_scores(router_logits, scoring)
     indices = scores.topk(top_k, dim=-1).indices if indices is None else indices
     chosen = torch.zeros_like(scores).scatter_(1, indices, 1.0)
-    probabilities = scores if scoring == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
-    return _token_mean(chosen, valid), _token_mean(probabilities, valid)
+    return _token_mean(chosen, valid), _token_mean(router_probabilities(scores, scoring), valid)
 
 
 def load_balancing_loss(

@@ -215,6 +215,19 @@ def test_one_expert_is_mamba_mlp() -> None:
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-6, rtol=0)
 
 
+def test_layers_may_have_different_numbers_of_experts() -> None:
+    """`layers_num_experts`: each layer routes among its own experts, and the balancing loss is the sum of theirs."""
+    model = make_frame("paper", layers_num_experts=[0, 2, 0, 5], num_experts_per_tok=2)
+    assert model.config.num_experts == 5
+    ids = random_ids(2, 9)
+    outputs = model(ids, labels=ids, output_router_logits=True)
+    assert [logits.shape for logits in outputs.router_logits] == [(18, 2), (18, 5)]
+    # with k = E every expert is chosen by every token, so the loss of that layer is E * (sum of P) = 2
+    assert outputs.aux_loss.item() > 2.0
+    outputs.loss.backward()
+    assert model.num_active_parameters() == model.num_parameters() - 3 * 2 * 32 * 24
+
+
 def test_padding_takes_no_capacity() -> None:
     model = make_frame("paper", capacity_factor=0.6).train()
     ids = random_ids(2, 10)

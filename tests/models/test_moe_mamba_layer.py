@@ -25,6 +25,17 @@ LAYERS = {
     "gated-biases": {"moe_bias": True, "moe_gated": True, "num_experts_per_tok": 5, "moe_hidden_act": "silu"},
     "shared": {"num_shared_experts": 2, "shared_expert_intermediate_size": 3, "moe_gated": True},
     "one-expert": {"num_experts": 1},
+    "scaled": {"num_experts_per_tok": 2, "norm_topk_prob": True, "router_scaling_factor": 2.5, "moe_gated": True},
+    "selection-bias": {"router_scoring": "sigmoid", "router_selection_bias": True, "num_experts_per_tok": 2},
+    "groups": {"num_experts": 6, "num_experts_per_tok": 2, "router_num_groups": 3, "router_topk_groups": 2},
+    "groups-selection-bias": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "router_scoring": "sigmoid",
+        "router_selection_bias": True,
+        "router_num_groups": 2,
+        "norm_topk_prob": True,
+    },
     "capacity": {"capacity_factor": 1.0},
     "capacity-top2": {"capacity_factor": 0.7, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "capacity-sigmoid": {"capacity_factor": 1.3, "router_scoring": "sigmoid"},
@@ -43,6 +54,8 @@ def make_layer(backend: str = "eager", dtype: torch.dtype = torch.float64, **ove
     layer = MoeMambaSparseMoe(config)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.6)
+    if layer.router.selection_bias is not None:
+        torch.nn.init.normal_(layer.router.selection_bias, std=0.6)
     return layer.to(dtype)
 
 
@@ -57,6 +70,24 @@ def feed_forward(x: Tensor, up: Tensor, up_bias, down: Tensor, down_bias, config
     return down @ inner + (0 if down_bias is None else down_bias)
 
 
+def choose(scores: list[float], selection_bias: list[float] | None, config: MoeMambaConfig) -> list[int]:
+    """The k experts of one token: the best ones of the best groups."""
+    bias = [0.0] * len(scores) if selection_bias is None else selection_bias
+    ranking = [score + shift for score, shift in zip(scores, bias, strict=True)]
+    size = len(scores) // config.router_num_groups
+    groups = [range(start, start + size) for start in range(0, len(scores), size)]
+    counted = 1 if selection_bias is None else 2
+
+    def strength(group: range) -> float:
+        return sum(sorted((ranking[expert] for expert in group), reverse=True)[:counted])
+
+    allowed = groups
+    if len(groups) > 1:
+        allowed = sorted(groups, key=strength, reverse=True)[: config.router_topk_groups]
+    candidates = [expert for group in allowed for expert in group]
+    return sorted(candidates, key=lambda expert: -ranking[expert])[: config.num_experts_per_tok]
+
+
 def oracle(x: Tensor, layer: MoeMambaSparseMoe, config: MoeMambaConfig, real: list[bool]):
     """Output (N, d), router logits (N, E), balancing loss and z-loss of tokens x (N, d), with a plain loop over them."""
     parameters = dict(layer.named_parameters())
@@ -67,6 +98,8 @@ def oracle(x: Tensor, layer: MoeMambaSparseMoe, config: MoeMambaConfig, real: li
         value = parameters.get(name)
         return value if value is None or index is None else value[index]
 
+    selection_bias = layer.router.selection_bias
+    selection_bias = None if selection_bias is None else selection_bias.tolist()
     capacity = math.inf
     if layer.training and config.capacity_factor is not None:
         capacity = int(config.capacity_factor * sum(real) * k / experts)
@@ -80,7 +113,7 @@ def oracle(x: Tensor, layer: MoeMambaSparseMoe, config: MoeMambaConfig, real: li
         exponentials = logits.exp()
         softmax = config.router_scoring == "softmax"
         scores = exponentials / exponentials.sum() if softmax else exponentials / (1 + exponentials)
-        ranked = sorted(range(experts), key=lambda e: -scores[e].item())[:k]
+        ranked = choose(scores.tolist(), selection_bias, config)
         total = sum(scores[e] for e in ranked) if config.norm_topk_prob else 1.0
         out = torch.zeros_like(token)
         for expert in ranked:
@@ -89,7 +122,7 @@ def oracle(x: Tensor, layer: MoeMambaSparseMoe, config: MoeMambaConfig, real: li
                 taken[expert] += 1
                 if taken[expert] > capacity:
                     continue
-            out = out + scores[expert] / total * feed_forward(
+            out = out + config.router_scaling_factor * scores[expert] / total * feed_forward(
                 token,
                 get(f"experts.{up_name}", expert),
                 get(f"experts.{up_name}_bias", expert),
@@ -130,7 +163,13 @@ def compare_with_oracle(kind: str, backend: str, dtype: torch.dtype, padded: boo
     inputs = x.detach().clone().to(dtype).requires_grad_()
     out, router_logits = layer(inputs, valid=valid if padded else None)
     flat_logits, flat_valid = (router_logits.flatten(0, 1),), valid.flatten() if padded else None
-    aux = load_balancing_loss(flat_logits, config.num_experts_per_tok, config.router_scoring, flat_valid)
+    aux = load_balancing_loss(
+        flat_logits,
+        config.num_experts_per_tok,
+        config.router_scoring,
+        flat_valid,
+        indices=(layer.router.choose(flat_logits[0]),),
+    )
     z = router_z_loss(flat_logits, flat_valid)
     ((out * probe.to(dtype)).sum() + 3 * aux + 0.5 * z).backward()
 

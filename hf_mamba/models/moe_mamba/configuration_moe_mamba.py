@@ -169,6 +169,7 @@ class MoeMambaConfig(PreTrainedConfig):
         self._fill_in_layers()
         self._check_expert_counts()
         super().__post_init__(**kwargs)
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         check_common_fields(self)
         if self.mixer_type == "mamba2":
             check_ssd_fields(self)
@@ -177,6 +178,39 @@ class MoeMambaConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """What transformers' caches allocate for each layer: recurrent states."""
         return ["linear_attention"] * (self.num_hidden_layers or 0)
+
+    def _tensor_parallel_plan(self) -> dict[str, str] | None:
+        """Which sub-modules tensor parallelism splits, if any: the feed-forward layers; mixers, norms and routers are on every rank.
+
+        Experts with biases stay whole, since transformers would add the second bias once for each rank.
+        """
+        kinds = self.layers_block_type or []
+        plan = {}
+        if any(kind.endswith("moe") for kind in kinds):
+            if not self.moe_bias:
+                plan |= _split_width("layers.*.moe.experts", self.moe_gated, bias=False)
+                plan["layers.*.moe.experts"] = "moe_tp_experts"
+            if self.num_shared_experts:
+                plan |= _split_width("layers.*.moe.shared_experts", self.moe_gated, self.moe_bias)
+        if any(kind.endswith("mlp") for kind in kinds):
+            plan |= _split_width("layers.*.mlp", bool(self.mlp_gated), self.mlp_bias)
+        return plan or None
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str] | None:
+        """Whole experts on different ranks, in the words that this version of transformers has for Mixtral's."""
+        from transformers import MixtralConfig
+
+        styles = MixtralConfig.base_model_ep_plan
+        if not any(kind.endswith("moe") for kind in self.layers_block_type or []):
+            return None
+        name = "gate_up_proj" if self.moe_gated else "up_proj"
+        names = [name, "down_proj", *((f"{name}_bias", "down_proj_bias") if self.moe_bias else ())]
+        plan = {f"layers.*.moe.experts.{name}": styles["layers.*.mlp.experts.down_proj"] for name in names}
+        # before 5.21 the router's outputs were masked, since then the experts' inputs are
+        if "layers.*.mlp.gate" in styles:
+            plan["layers.*.moe.router"] = styles["layers.*.mlp.gate"]
+        return plan | {"layers.*.moe.experts": styles["layers.*.mlp.experts"]}
 
     def _fill_in_sizes(self, intermediate_size: int | None) -> None:
         """Resolve the sizes that depend on others."""
@@ -322,3 +356,14 @@ class MoeMambaConfig(PreTrainedConfig):
                 raise ValueError(f"MoeMambaConfig: `{name}` must not be negative, got {getattr(self, name)}.")
         if self.initializer_scale <= 0:
             raise ValueError(f"MoeMambaConfig: `initializer_scale` must be positive, got {self.initializer_scale}.")
+
+
+def _split_width(module: str, gated: bool, bias: bool) -> dict[str, str]:
+    """The plan that splits the inner width of a feed-forward layer.
+
+    Empty for gate and value in one matrix with a bias: transformers would split that bias at other places than the matrix.
+    """
+    if gated and bias:
+        return {}
+    up = {f"{module}.gate_up_proj": "packed_colwise"} if gated else {f"{module}.up_proj": "colwise"}
+    return up | {f"{module}.down_proj": "rowwise"}

@@ -4,6 +4,7 @@ Symbols: B batch, L length, N tokens = B·L, d model width, E experts, k experts
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 from transformers.utils import logging
 
-from ...layers.switch import TopKRouter, within_capacity
+from ...layers.switch import Routing, TopKRouter, within_capacity
 from .configuration_moe_mamba import MoeMambaConfig
 
 __all__ = ["MoeMambaExperts", "MoeMambaMLP", "MoeMambaSparseMoe", "StackedExperts", "truncated_normal_"]
@@ -65,6 +66,9 @@ class StackedExperts(nn.Module):
         """The implementation "eager": one expert after another, those without tokens left out."""
         out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         for expert in top_k_index.unique().tolist():
+            # so transformers' expert parallelism marks what another device computes
+            if expert >= self.num_experts:
+                continue
             token, slot = torch.where(top_k_index == expert)
             inner = self._project(self.up_name, expert, hidden_states[token])
             inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
@@ -112,11 +116,13 @@ class MoeMambaExperts(StackedExperts):
         dtype = self.down_proj.dtype
         if dtype == torch.float64:
             return False
-        if self.hidden_dim * dtype.itemsize % 16 == 0 and self.intermediate_dim * dtype.itemsize % 16 == 0:
+        # under tensor parallelism this device holds a part of the width
+        width = self.down_proj.shape[-1]
+        if self.hidden_dim * dtype.itemsize % 16 == 0 and width * dtype.itemsize % 16 == 0:
             return True
         logger.warning_once(
             f"The experts run one by one, which is slow: `hidden_size` {self.hidden_dim} and `moe_intermediate_size` "
-            f"{self.intermediate_dim} must be multiples of {16 // dtype.itemsize} for grouped matrix products in {dtype}."
+            f"{width} must be multiples of {16 // dtype.itemsize} for grouped matrix products in {dtype}."
         )
         return False
 
@@ -147,12 +153,18 @@ class MoeMambaSparseMoe(nn.Module):
 
     Args:
         num_experts: E; by default `config.num_experts`.
+
+    Attributes:
+        observer: called with a `Routing` in every forward, if it is not None.
     """
+
+    observer: Callable[[Routing], None] | None
 
     def __init__(self, config, num_experts: int | None = None) -> None:
         super().__init__()
         num_experts = config.num_experts if num_experts is None else num_experts
         self.capacity_factor = config.capacity_factor
+        self.observer = None
         self.router = TopKRouter(
             config.hidden_size,
             num_experts,
@@ -191,13 +203,15 @@ class MoeMambaSparseMoe(nn.Module):
             The output (B, L, d) and the router logits (B, L, E) fp32.
         """
         tokens = hidden_states.flatten(0, 1)
+        flat_valid = None if valid is None else valid.flatten()
         training = self.training and not dropless
         router_logits, weights, indices = self.router(tokens, noisy=training)
+        kept = None
         if training and self.capacity_factor is not None:
-            kept = within_capacity(
-                indices, self.experts.num_experts, self.capacity_factor, None if valid is None else valid.flatten()
-            )
+            kept = within_capacity(indices, self.router.num_experts, self.capacity_factor, flat_valid)
             weights = weights.masked_fill(~kept, 0.0)
+        if self.observer is not None:
+            self.observer(Routing(router_logits.detach(), weights.detach(), indices, kept, flat_valid, training))
         # the grouped matrix products take no empty input
         out = self.experts(tokens, indices, weights) if tokens.shape[0] else tokens
         if self.shared_experts is not None:

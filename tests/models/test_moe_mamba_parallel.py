@@ -1,0 +1,115 @@
+"""Tensor and expert parallelism: the declared plans, and two CPU processes against one.
+
+The experts' activation is split over F or whole experts over the processes; logits, losses and gradients stay what they
+are on one.
+"""
+
+import os
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from transformers import DistributedConfig
+from transformers.distributed import tensor_parallel
+
+from hf_mamba import MoeMambaForCausalLM
+
+from .builders import make_model, random_ids
+
+FRAMES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gated-shared": {"moe_gated": True, "num_shared_experts": 1, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "dense": {"layers_block_type": ["mamba", "mlp", "parallel_moe", "parallel_mlp"], "final_norm": True},
+    "biased": {"moe_bias": True, "layers_block_type": ["mamba", "moe", "mlp", "moe"]},
+    "gated-bias": {"moe_gated": True, "moe_bias": True, "num_shared_experts": 1},
+}
+# before 5.21 expert parallelism was a flag
+HAS_EP_SIZE = "ep_size" in DistributedConfig.__dataclass_fields__
+SPLITS = {
+    "tensor": {"tp_size": 2},
+    "expert": {"tp_size": 2, **({"ep_size": 2} if HAS_EP_SIZE else {"enable_expert_parallel": True})},
+}
+# what of the plan two processes can be seen to run
+RUN = [("plain", "tensor"), ("plain", "expert"), ("gated-shared", "tensor"), ("gated-shared", "expert")]
+RUN += [("dense", "tensor"), ("biased", "expert")]
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_plans_name_what_there_is(frame: str) -> None:
+    """Every rule matches a module or parameter, its style is known, and the experts are in the expert plan."""
+    model = make_model("moe_mamba", **FRAMES[frame])
+    names = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    tensor_plan, expert_plan = model.config.base_model_tp_plan, model.config.base_model_ep_plan
+    assert model.tp_plan == {f"backbone.{rule}": style for rule, style in (tensor_plan or {}).items()}
+    for rule, style in [*model.tp_plan.items(), *((f"backbone.{r}", s) for r, s in expert_plan.items())]:
+        assert any(rule.replace("*", str(layer)) in names for layer in range(4)), rule
+        assert style in tensor_parallel.ALL_PARALLEL_STYLES, style
+    experts = next(layer.moe.experts for layer in model.backbone.layers if layer.moe is not None)
+    assert {f"layers.*.moe.experts.{name}" for name, _ in experts.named_parameters()} <= set(expert_plan)
+    assert ("layers.*.moe.experts" in (tensor_plan or {})) != model.config.moe_bias
+    saved = model.config.to_dict()
+    assert not [key for key in saved if "plan" in key]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_rank(rank: int, port: int, folder: str, cases: list[tuple[str, str]]) -> None:
+    """One of two processes: every case's logits, loss and gradients, compared with the whole model of this process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    try:
+        for frame, split in cases:
+            compare(Path(folder) / frame, split)
+        verdict = "equal"
+    except Exception:
+        verdict = traceback.format_exc()
+    (Path(folder) / f"verdict-{rank}").write_text(verdict, encoding="utf-8")
+    # a rank that failed would leave the other one waiting at the barrier of an orderly shutdown
+    os._exit(0)
+
+
+def compare(folder: Path, split: str) -> None:
+    whole = MoeMambaForCausalLM.from_pretrained(folder)
+    parted = MoeMambaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**SPLITS[split]))
+    local = parted.backbone.layers[1].moe or parted.backbone.layers[2].moe
+    full = whole.backbone.layers[1].moe or whole.backbone.layers[2].moe
+    weight = local.experts.down_proj.to_local()
+    assert weight.numel() * 2 == full.experts.down_proj.numel()
+    assert weight.shape[0] == full.experts.num_experts // (2 if split == "expert" else 1)
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        difference = (parted.eval()(ids).logits - whole.eval()(ids).logits).abs().max().item()
+        assert difference <= 1e-5, f"{folder.name}, {split}: logits differ by {difference}"
+    losses, gradients = [], []
+    for model in (whole.train(), parted.train()):
+        outputs = model(ids, labels=ids)
+        outputs.loss.backward()
+        losses.append(outputs.loss.detach())
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(losses[1], losses[0])
+    for name, expected in gradients[0].items():
+        actual = gradients[1][name]
+        actual = actual.full_tensor() if hasattr(actual, "full_tensor") else actual
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=f"{folder.name}, {split}: {name}")
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Logits in evaluation, loss and every gradient in training with capacity, for each way of splitting."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    for frame in {frame for frame, _ in RUN}:
+        make_model("moe_mamba", capacity_factor=0.75, **FRAMES[frame]).save_pretrained(tmp_path / frame)
+    torch.multiprocessing.spawn(run_rank, args=(free_port(), str(tmp_path), RUN), nprocs=2)
+    for rank in range(2):
+        assert (tmp_path / f"verdict-{rank}").read_text(encoding="utf-8") == "equal"
