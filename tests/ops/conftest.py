@@ -12,3 +12,11 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def shared_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give the GPU's memory back after a test that used it: several processes test on it at once."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()

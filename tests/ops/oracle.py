@@ -1,5 +1,6 @@
 """Running an op and its oracle on the same inputs: outputs and every gradient."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,80 @@ def compare_with_oracle(
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         assert_matches(value, expected[name], dtype=dtype, name=name)
+
+
+def differentiate(
+    fn: Callable[..., Any],
+    operands: Tensors,
+    weights: tuple[Tensor, Tensor],
+    without: str | None = None,
+    **options: Any,
+) -> Tensors:
+    """Outputs and gradients of an op with final states, under fixed gradients of its outputs.
+
+    `without` "y" or "final_states" leaves that output out of the differentiation.
+    """
+    leaves = {name: None if value is None else value.detach().requires_grad_() for name, value in operands.items()}
+    y, final = fn(**leaves, **options, return_final_states=True)
+    outputs = [y, final] if without is None else [final if without == "y" else y]
+    incoming = [*weights] if without is None else [weights[1 if without == "y" else 0]]
+    present = {name: value for name, value in leaves.items() if value is not None}
+    gradients = torch.autograd.grad(
+        outputs,
+        list(present.values()),
+        [weight.to(output) for weight, output in zip(incoming, outputs, strict=True)],
+        allow_unused=True,
+    )
+    return {"y": y.detach(), "final_states": final.detach()} | {
+        f"gradient of {name}": gradient for name, gradient in zip(present, gradients, strict=True)
+    }
+
+
+def relative_error(have: Tensor | None, want: Tensor | None) -> float:
+    """RMS-relative error; infinite where something is not finite."""
+    if want is None or have is None or want.numel() == 0:
+        # an oracle says None where a gradient cannot depend on the input
+        return 0.0 if have is None or not have.any() else math.inf
+    want = want.to(have.device)
+    scale = want.square().mean().sqrt().clamp(min=1e-30)
+    value = float((have.double() - want).square().mean().sqrt() / scale)
+    return value if math.isfinite(value) else math.inf
+
+
+def errors_at_both_ends(
+    fn: Callable[..., Any], operands: Tensors, tokens: tuple[str, ...], length: int
+) -> dict[str, float]:
+    """Errors of a call with `length` tokens, zeros but for the first and the last ones, against a call with those alone.
+
+    Zeros before the last tokens keep the state at zero. `tokens` names the operands (1, L, …).
+    """
+    x = operands["x"]
+    assert x is not None
+    short = x.shape[1]
+    weight = torch.randn_like(x)
+
+    def spread(value: Tensor) -> Tensor:
+        long = value.new_zeros(1, length, *value.shape[2:])
+        long[:, :short], long[:, -short:] = value, value
+        return long
+
+    def run(given: Tensors, incoming: Tensor) -> dict[str, Tensor]:
+        leaves = {name: value.detach().requires_grad_() for name, value in given.items() if value is not None}
+        y = fn(**leaves)
+        names = [name for name in tokens if name in leaves]
+        gradients = torch.autograd.grad(y, [leaves[name] for name in names], incoming)
+        return {"y": y.detach(), **{f"gradient of {n}": g for n, g in zip(names, gradients, strict=True)}}
+
+    expected = run(operands, weight)
+    given = {
+        name: spread(value) if name in tokens and value is not None else value for name, value in operands.items()
+    }
+    actual = run(given, spread(weight))
+    return {
+        f"{name} at the {end}": relative_error(actual[name][:, part], want.double())
+        for name, want in expected.items()
+        for end, part in (("start", slice(0, short)), ("end", slice(-short, None)))
+    }
 
 
 def saved_bytes(op: Callable[..., Any], tensors: Tensors, **options: Any) -> int:

@@ -273,6 +273,7 @@ def test_a_second_derivative_is_refused_on_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("much-memory")
 @pytest.mark.parametrize("op", OPS)
 def test_more_than_two_to_the_31_elements_on_gpu(op: str) -> None:
     width = 768

@@ -316,6 +316,7 @@ def test_compiles_without_graph_breaks_on_gpu(op: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("much-memory")
 @OPS
 def test_more_than_two_to_the_31_elements_on_gpu(op: str) -> None:
     operands = make_operands(

@@ -1,0 +1,193 @@
+"""The decoding ops in Triton against the fp64 oracles.
+
+Tests marked `gpu` run the compiled kernels. The others run the same kernels under Triton's interpreter, at toy sizes.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mamba_kernels
+from mamba_kernels.decode import reference
+
+from .comparison import TOLERANCES
+from .interpreter import Errors, errors_under_interpreter, print_errors
+
+pytest.importorskip("triton")
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+LINEAR, MAMBA, MAMBA2 = "fused_linear", "mamba_step", "mamba2_step"
+
+TOY_CASES: dict[str, dict[str, Any]] = {
+    "linear": {"op": LINEAR},
+    "linear-one-row": {"op": LINEAR, "rows": 1},
+    "linear-eight-rows": {"op": LINEAR, "rows": 8},
+    "linear-beyond-eight-rows": {"op": LINEAR, "rows": 9},
+    "linear-odd-widths": {"op": LINEAR, "inputs": 37, "outputs": 11},
+    "linear-norm": {"op": LINEAR, "norm": True},
+    "linear-norm-odd-width": {"op": LINEAR, "norm": True, "inputs": 37},
+    "linear-gated-norm": {"op": LINEAR, "norm": True, "gated": True},
+    "linear-gated-norm-groups": {"op": LINEAR, "norm": True, "gated": True, "inputs": 256, "group_size": 64},
+    "linear-gated-norm-small-groups": {"op": LINEAR, "norm": True, "gated": True, "inputs": 60, "group_size": 20},
+    "linear-bias-residual": {"op": LINEAR, "bias": True, "residual": True, "norm": True},
+    "linear-strided": {"op": LINEAR, "bias": True, "residual": True, "strided": True, "norm": True, "gated": True},
+    "linear-no-inputs": {"op": LINEAR, "inputs": 0, "bias": True},
+    "mamba": {"op": MAMBA},
+    "mamba-norm": {"op": MAMBA, "norm_eps": 1e-3},
+    "mamba-odd": {"op": MAMBA, "channels": 37, "size": 5, "rank": 3, "strided": True},
+    "mamba-one-state": {"op": MAMBA, "size": 1, "rank": 1, "channels": 3},
+    "mamba2": {"op": MAMBA2},
+    "mamba2-groups": {"op": MAMBA2, "groups": 2, "strided": True},
+    "mamba2-limits": {"op": MAMBA2, "limit": (0.3, 0.9)},
+    "mamba2-odd": {"op": MAMBA2, "heads": 3, "head_dim": 5, "size": 7},
+}
+
+
+def make_operands(
+    op: str,
+    rows: int = 3,
+    inputs: int = 64,
+    outputs: int = 12,
+    norm: bool = False,
+    gated: bool = False,
+    group_size: int | None = None,
+    bias: bool = False,
+    residual: bool = False,
+    channels: int = 64,
+    size: int = 16,
+    rank: int = 8,
+    norm_eps: float | None = None,
+    heads: int = 4,
+    head_dim: int = 8,
+    groups: int = 1,
+    limit: tuple[float, float] = (0.0, float("inf")),
+    strided: bool = False,
+    dtype: torch.dtype = FP32,
+    device: str = "cpu",
+) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """Tensors and options of a call, in the dtypes that a model has."""
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        if strided:
+            return torch.randn(*shape[:-1], 2 * shape[-1], device=device).to(dtype)[..., : shape[-1]]
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def vector(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+    if op == LINEAR:
+        tensors: dict[str, Tensor | None] = {
+            "x": randn(rows, inputs, dtype=FP32 if residual else dtype),
+            "weight": vector(outputs, inputs, scale=max(inputs, 1) ** -0.5),
+            "bias": vector(outputs) if bias else None,
+            "norm_weight": vector(inputs) if norm else None,
+            "z": randn(rows, inputs) if gated else None,
+            "residual": randn(rows, outputs, dtype=FP32) if residual else None,
+        }
+        return tensors, {"group_size": group_size, "eps": 1e-3}
+    if op == MAMBA:
+        return {
+            "state": vector(rows, channels, size, dtype=FP32),
+            "x": randn(rows, channels),
+            "parameters": randn(rows, rank + 2 * size),
+            "dt_weight": vector(channels, rank, scale=rank**-0.5),
+            "dt_bias": vector(channels),
+            "A_log": vector(channels, size, dtype=FP32),
+            "D": vector(channels, dtype=FP32),
+            "z": randn(rows, channels),
+        }, {"norm_eps": norm_eps}
+    return {
+        "state": vector(rows, heads, head_dim, size, dtype=FP32),
+        "xBC": randn(rows, heads * head_dim + 2 * groups * size),
+        "dt": randn(rows, heads),
+        "dt_bias": vector(heads, dtype=FP32),
+        "A_log": vector(heads, dtype=FP32),
+        "D": vector(heads, dtype=FP32),
+    }, {"groups": groups, "dt_limit": limit}
+
+
+def errors(op: str, **case: Any) -> dict[str, float]:
+    """RMS-relative errors of result and state against the oracle."""
+    tensors, options = make_operands(op, **case)
+    state = tensors.get("state")
+    held = None if state is None else state.double()
+    expected = getattr(reference, op + "_ref")(**{**tensors, **({} if held is None else {"state": held})}, **options)
+    with mamba_kernels.backend("triton"):
+        actual = getattr(mamba_kernels, op)(**tensors, **options)
+    found = {"result": relative(actual, expected)}
+    if state is not None and held is not None:
+        found["state"] = relative(state, held)
+    return found
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    if not bool(torch.isfinite(actual).all()) or actual.shape != expected.shape:
+        return float("inf")
+    difference = (actual.double() - expected.double()).square().mean().sqrt()
+    return float(difference / expected.double().square().mean().sqrt().clamp(min=1e-30))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Errors:
+    return errors_under_interpreter(__name__)
+
+
+@pytest.mark.parametrize("case", TOY_CASES)
+def test_under_the_interpreter(interpreted: Errors, case: str) -> None:
+    for name, error in interpreted[case].items():
+        assert error <= 1e-5, name
+
+
+# of published models: mamba-130m, mamba-2.8b, mamba2-2.7b, Codestral's groups, Falcon-Mamba
+GPU_CASES: dict[str, dict[str, Any]] = {
+    "in-130m": {"op": LINEAR, "inputs": 768, "outputs": 3072, "norm": True, "residual": False},
+    "in-2.8b": {"op": LINEAR, "inputs": 2560, "outputs": 10240, "norm": True},
+    "x-2.8b": {"op": LINEAR, "inputs": 5120, "outputs": 192},
+    "out-2.8b": {"op": LINEAR, "inputs": 5120, "outputs": 2560, "residual": True},
+    "out-mamba2": {"op": LINEAR, "inputs": 5120, "outputs": 2560, "residual": True, "norm": True, "gated": True},
+    "out-codestral": {
+        "op": LINEAR,
+        "inputs": 8192,
+        "outputs": 4096,
+        "residual": True,
+        "norm": True,
+        "gated": True,
+        "group_size": 1024,
+    },
+    "head": {"op": LINEAR, "inputs": 768, "outputs": 50277, "bias": True},
+    "mamba-2.8b": {"op": MAMBA, "channels": 5120, "rank": 160},
+    "mamba-falcon": {"op": MAMBA, "channels": 8192, "rank": 256, "norm_eps": 1e-5},
+    "mamba2-2.7b": {"op": MAMBA2, "heads": 80, "head_dim": 64, "size": 128},
+    "mamba2-codestral": {"op": MAMBA2, "heads": 128, "head_dim": 64, "size": 128, "groups": 8},
+    **{f"toy-{name}": case for name, case in TOY_CASES.items() if "one-row" not in name and "rows" not in case},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_on_a_gpu(case: str, dtype: torch.dtype) -> None:
+    for rows in (1, 2, 5, 8):
+        torch.manual_seed(rows)
+        for name, error in errors(**{"rows": rows, **GPU_CASES[case]}, dtype=dtype, device="cuda").items():
+            assert error <= TOLERANCES[dtype].rms, (name, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["in-2.8b", "out-mamba2", "mamba-2.8b", "mamba2-2.7b"])
+def test_same_bits_ten_times(case: str) -> None:
+    op = GPU_CASES[case]["op"]
+    tensors, options = make_operands(**GPU_CASES[case], dtype=BF16, device="cuda")
+
+    def run() -> Tensor:
+        fresh = {k: v.clone() if k == "state" and v is not None else v for k, v in tensors.items()}
+        return getattr(mamba_kernels, op)(**fresh, **options)
+
+    first = run()
+    assert all(torch.equal(run(), first) for _ in range(10))
+
+
+if __name__ == "__main__":
+    print_errors(errors, TOY_CASES)
