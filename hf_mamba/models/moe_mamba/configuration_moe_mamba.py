@@ -185,7 +185,7 @@ class MoeMambaConfig(PreTrainedConfig):
         Experts with biases stay whole, since transformers would add the second bias once for each rank.
         """
         kinds = self.layers_block_type or []
-        plan = {}
+        plan: dict[str, str] = {}
         if any(kind.endswith("moe") for kind in kinds):
             if not self.moe_bias:
                 plan |= _split_width("layers.*.moe.experts", self.moe_gated, bias=False)
