@@ -175,6 +175,7 @@ class _Job:
             dtypes=dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in self.specs)),
             nbytes=sum(spec.nbytes for spec in self.specs),
             options=dict(self.plan.options),
+            choices={name: self.form.options[name] for name in self.plan.options},
             notes=list(self.plan.notes),
             warnings=list(self.source.warnings),
             command="",
@@ -251,8 +252,9 @@ class _Job:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # in blocks: a mask as long as the largest tensor would count against the memory promised
-    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(BLOCK))
+    # in blocks: a mask as long as the largest tensor would count against the memory promised. A sum is finite only if
+    # everything in it is, and ten times as fast; it may overflow, though
+    return all(bool(part.sum().isfinite() or part.isfinite().all()) for part in tensor.reshape(-1).split(BLOCK))
 
 
 def _same_bytes(a: Tensor, b: Tensor, advance: Callable[[int], None]) -> bool:

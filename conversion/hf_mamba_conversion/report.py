@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from .formats import FormatOption
+
 __all__ = ["ConversionReport", "VerifyResult"]
 
 
@@ -45,6 +47,7 @@ class ConversionReport:
         dtypes: dtype of the result → number of tensors.
         nbytes: bytes of all tensors of the result.
         options: the format options that held.
+        choices: what each of them could be, and what it is for.
         notes, warnings: sentences for the user.
         command: the command line that does the same.
         destination: the finished folder; None after a dry run.
@@ -64,6 +67,7 @@ class ConversionReport:
     dtypes: dict[str, int]
     nbytes: int
     options: dict[str, str]
+    choices: "dict[str, FormatOption]"
     notes: list[str]
     warnings: list[str]
     command: str

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -20,32 +21,49 @@ if TYPE_CHECKING:
 
 __all__ = ["convert"]
 
+# the stage in which the folder is already in its place
+UPLOADING = "Uploading"
 HIDDEN_FIELDS = ("architectures", "transformers_version", "model_type", "dtype")
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint: a folder, a weight file, or an id on the Hub.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A checkpoint: a folder, a weight file, or an id on the Hub."),
+    ],
     dest: Annotated[
-        str | None, typer.Argument(help="The folder to make; only --dry-run can do without.", show_default=False)
+        str | None,
+        typer.Argument(metavar="DEST", help="The folder to make; only --dry-run can do without.", show_default=False),
     ] = None,
-    to: Annotated[str, typer.Option(help="[bold]hf[/], or [bold]mamba_ssm[/] (from Mamba and Mamba-2 only).")] = "hf",
+    to: Annotated[
+        str,
+        typer.Option(metavar="FORMAT", help="[bold]hf[/], or [bold]mamba_ssm[/] (from Mamba and Mamba-2 only)."),
+    ] = "hf",
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the source's when left out.")
+        str | None,
+        typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16; the source's when left out."),
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="The largest weight file, such as 500MB; 5GB when left out.")
+        str | None,
+        typer.Option(metavar="SIZE", help="The largest weight file, such as 500MB; 5GB when left out."),
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="A folder, file or Hub id with the tokenizer for DEST; the one beside the weights if left out."
+            metavar="PLACE",
+            help="A folder, file or Hub id with the tokenizer for DEST; the one beside the weights if left out.",
         ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="A choice that the source's format leaves open; may be repeated."),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A choice that the source's format leaves open, such as activation=silu; --dry-run shows them. May be repeated.",
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a SOURCE on the Hub.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a SOURCE on the Hub.")
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Compare logits with an independent forward of the source; keep only a match."),
@@ -56,7 +74,12 @@ def convert(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
-    """Convert SOURCE into the new folder DEST, which from_pretrained loads; the source is never changed."""
+    """Convert SOURCE into the new folder DEST, which from_pretrained loads; the source is never changed.
+
+    Its format is detected: mamba_ssm (with experts too), Codestral, transformers' own, llm-random, BlackMamba.
+
+    A run that fails or is interrupted leaves nothing behind.
+    """
     options = _options(option or [])
     console = report_console()
     # a plain line: importing torch takes a moment, before there is anything to show
@@ -79,6 +102,7 @@ def convert(
         """Shows each stage with its bytes, and the plan before anything is written."""
 
         task: Any = None
+        title = ""
 
         def planned(self, report: "ConversionReport") -> None:
             result_console().print(_plan(report))
@@ -86,11 +110,12 @@ def convert(
         def stage(self, title: str, total: int = 0) -> None:
             if self.task is not None:
                 bar.remove_task(self.task)
-            self.task = bar.add_task(title, total=total or None)
+            self.task, self.title = bar.add_task(title, total=total or None), title
 
         def advance(self, amount: int) -> None:
             bar.advance(self.task, amount)
 
+    listener = Bar()
     _quiet_libraries()
     previous = _unwind_on_termination()
     try:
@@ -108,13 +133,15 @@ def convert(
                 private=private,
                 revision=revision,
                 options=options,
-                progress=Bar(),
+                progress=listener,
             )
     except ConversionError as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error}. Nothing was written.")
     except KeyboardInterrupt:
+        if listener.title == UPLOADING:
+            fail(f"interrupted while uploading; {dest} is complete. Upload it with `hf upload {push_to_hub} {dest}`.")
         fail("interrupted; nothing was written.")
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -157,11 +184,12 @@ def _plan(report: "ConversionReport") -> Table:
     table.add_row("format", escape(report.title))
     table.add_row("becomes", f"{report.class_name} ({'transformers' if report.to == 'hf' else 'mamba_ssm'})")
     table.add_row("parameters", f"{report.parameters:,}")
-    table.add_row("weights", f"{report.nbytes / 1e9:,.2f} GB, {', '.join(report.dtypes)}")
+    table.add_row("weights", f"{decimal(report.nbytes)}, {', '.join(report.dtypes)}")
     for name, value in report.options.items():
-        table.add_row(f"option {name}", value)
+        choice = report.choices[name]
+        table.add_row(f"option {name}", escape(f"{value} (of {', '.join(choice.choices)}). {choice.help}"))
     for name, value in report.target_config.items():
-        if name not in HIDDEN_FIELDS:
+        if name not in HIDDEN_FIELDS and value is not None:
             table.add_row(name, escape(_short(value)))
     for note in report.notes:
         table.add_row("note", escape(note))
@@ -169,7 +197,8 @@ def _plan(report: "ConversionReport") -> Table:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    # transformers' spelling, as JSON has none
+    text = str(value).replace("{'__float__': 'Infinity'}", "inf")
     return text if len(text) <= 100 else text[:97] + "…"
 
 

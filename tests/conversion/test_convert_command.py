@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from hf_mamba import demo_checkpoint
 from hf_mamba.cli.main import app
+from hf_mamba_conversion import pipeline
+from hf_mamba_conversion.writer import SafetensorsWriter
 
 from .checkpoints import mamba_ssm_config, mamba_ssm_tensors, write_bin, write_shards
 from .loopback import Hub, serve
@@ -32,24 +35,54 @@ def source(tmp_path: Path) -> Path:
     return write_bin(tmp_path / "source", mamba_ssm_tensors(CONFIG), CONFIG)
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with serve() as running:
-        yield running
+# huggingface_hub reads its environment once, so commands that talk to the hub run in a process of their own
+TERMINAL = """
+import json, sys
+from typer.testing import CliRunner
+from hf_mamba.cli.main import app
+
+for line in sys.stdin:
+    outcome = CliRunner().invoke(app, ["convert", *json.loads(line)])
+    print(json.dumps([outcome.exit_code, outcome.stdout, outcome.stderr]), flush=True)
+"""
 
 
-def run_against(hub: Hub, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, since huggingface_hub reads its environment once."""
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_TOKEN": "hf_test",
-        "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-m", "hf_mamba.cli", "convert", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+class Terminal:
+    """A running hub, and a process whose commands take it for the Hub."""
+
+    def __init__(self, hub: Hub, process: "subprocess.Popen[str]") -> None:
+        self.hub, self.process = hub, process
+
+    def run(self, *arguments: str | Path) -> tuple[int, str, str]:
+        """Exit code, output and error output, the latter on one line."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
+        self.process.stdin.flush()
+        code, output, errors = json.loads(self.process.stdout.readline())
+        return code, output, " ".join(errors.split())
+
+
+@pytest.fixture(scope="module")
+def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    with serve() as hub:
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path_factory.mktemp("home")),
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_DISABLE_XET": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        environment.pop("HF_HUB_OFFLINE", None)
+        with subprocess.Popen(
+            [sys.executable, "-c", TERMINAL],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            # leaving the block closes its input, which ends it
+            yield Terminal(hub, process)
 
 
 def test_it_prints_format_configuration_and_count(source: Path, tmp_path: Path) -> None:
@@ -97,6 +130,71 @@ def test_mistakes_end_with_one_message(arguments: list[str], words: str, source:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_the_bar_shows_each_stage_with_its_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, check = SafetensorsWriter.write, pipeline.verify
+
+    def slow_write(self, tensor):
+        time.sleep(0.02)
+        return write(self, tensor)
+
+    def slow_verify(*arguments, **options):
+        time.sleep(0.3)
+        return check(*arguments, **options)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", slow_write)
+    monkeypatch.setattr(pipeline, "verify", slow_verify)
+    # as on a terminal
+    environment = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}
+    arguments = ["convert", str(source), str(tmp_path / "result"), "--verify"]
+    outcome = CliRunner().invoke(app, arguments, env=environment)
+    assert outcome.exit_code == 0, outcome.output
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", outcome.stderr)
+    assert re.search(r"Writing weights .*[0-9.]+/[0-9.]+ kB", text) and "Verifying" in text
+    # results go to the other stream, so that they can be piped
+    assert "Writing weights" not in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("function", "words", "left"),
+    [("verify", "interrupted; nothing was written", []), ("push", "interrupted while uploading", ["result"])],
+)
+def test_an_interruption_says_what_is_left(
+    function: str, words: str, left: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, function, interrupt)
+    monkeypatch.setattr(pipeline, "check_repository", lambda name: None)
+    outcome = run(source, tmp_path / "result", "--verify", "--push-to-hub", "me/mine")
+    assert outcome.exit_code == 1 and words in " ".join(outcome.stderr.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "source"]
+
+
+def test_the_formats_options_are_shown(tmp_path: Path) -> None:
+    outcome = run(Path(__file__).parents[1] / "fixtures" / "llmrandom_moe_mamba_current.ckpt.pt", "--dry-run")
+    text = " ".join(outcome.stdout.split())
+    assert "option activation auto (of auto, relu, silu, gelu). Activation of the experts" in text
+    assert "option experts_per_token 1" in text and "75,968" in text
+
+
+def test_help_names_formats_and_options() -> None:
+    text = " ".join(CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "120"}).stdout.split())
+    for word in (
+        "SOURCE",
+        "DEST",
+        "mamba_ssm",
+        "Codestral",
+        "Falcon-Mamba",
+        "llm-random",
+        "BlackMamba",
+        "activation=silu",
+    ):
+        assert word in text
+
+
 def test_termination_leaves_nothing(tmp_path: Path) -> None:
     config = CONFIG | {"n_layer": 64}
     source = write_bin(tmp_path / "source", mamba_ssm_tensors(config), config)
@@ -110,7 +208,8 @@ def test_termination_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_repository_is_read_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_a_repository_is_read_from_the_hub(terminal: Terminal, tmp_path: Path) -> None:
+    hub = terminal.hub
     config = CONFIG | {"vocab_size": 4096}
     folder = write_shards(tmp_path / "repository", mamba_ssm_tensors(config), config)
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -119,23 +218,24 @@ def test_a_repository_is_read_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     tokenizer = {name: (Path(demo_checkpoint()) / name).read_bytes() for name in names}
     hub.repositories["someone/words"] = tokenizer | {"model.safetensors": b"not needed"}
     arguments = ("someone/mamba", tmp_path / "result", "--verify", "--tokenizer", "someone/words")
-    done = run_against(hub, tmp_path / "home", *arguments)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = terminal.run(*arguments)
+    assert code == 0, errors
     assert {name: (tmp_path / "result" / name).read_bytes() for name in names} == tokenizer
     assert "/someone/words/resolve/" + "a" * 40 + "/model.safetensors" not in hub.requested
     assert not any(path.endswith(("pytorch_model.bin", "notes.md")) for path in hub.requested)
     card = (tmp_path / "result" / "README.md").read_text()
     assert "base_model: someone/mamba" in card and "hf-mamba convert someone/mamba" in card
 
-    done = run_against(hub, tmp_path / "home", "someone/missing", tmp_path / "other")
-    assert done.returncode == 1 and "cannot be had from the Hub" in " ".join(done.stderr.split())
+    code, _, errors = terminal.run("someone/missing", tmp_path / "other")
+    assert code == 1 and "cannot be had from the Hub" in errors
     assert not (tmp_path / "other").exists()
 
 
-def test_the_result_is_pushed(hub: Hub, source: Path, tmp_path: Path) -> None:
-    done = run_against(hub, tmp_path / "home", source, tmp_path / "result", "--push-to-hub", "me/mine", "--private")
-    assert done.returncode == 0, done.stderr
-    assert f"Uploaded to {hub.endpoint}/me/mine" in done.stdout
+def test_the_result_is_pushed(terminal: Terminal, source: Path, tmp_path: Path) -> None:
+    hub = terminal.hub
+    code, output, errors = terminal.run(source, tmp_path / "result", "--push-to-hub", "me/mine", "--private")
+    assert code == 0, errors
+    assert f"Uploaded to {hub.endpoint}/me/mine" in output
     uploaded = hub.repositories["me/mine"]
     written = {file.name: file.read_bytes() for file in (tmp_path / "result").iterdir()}
     assert {name: uploaded[name] for name in written} == written and hub.private == {"me/mine"}
@@ -143,11 +243,12 @@ def test_the_result_is_pushed(hub: Hub, source: Path, tmp_path: Path) -> None:
     assert json.loads(uploaded["config.json"])["model_type"] == "mamba2"
 
 
-def test_a_failing_upload_keeps_the_folder_and_says_so(hub: Hub, source: Path, tmp_path: Path) -> None:
-    hub.broken = True
-    done = run_against(hub, tmp_path / "home", source, tmp_path / "result", "--push-to-hub", "me/mine")
-    message = " ".join(done.stderr.split())
-    assert done.returncode == 1 and "the conversion is complete" in message and "hf upload me/mine" in message
+def test_a_failing_upload_keeps_the_folder_and_says_so(
+    terminal: Terminal, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal.hub, "broken", True)
+    code, _, errors = terminal.run(source, tmp_path / "result", "--push-to-hub", "me/broken")
+    assert code == 1 and "the conversion is complete" in errors and "hf upload me/broken" in errors
     assert (tmp_path / "result" / "model.safetensors").is_file()
 
 
