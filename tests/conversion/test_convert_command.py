@@ -20,8 +20,8 @@ from hf_mamba.cli.main import app
 from hf_mamba_conversion import pipeline
 from hf_mamba_conversion.writer import SafetensorsWriter
 
+from ..loopback_hub import Hub, serve
 from .checkpoints import mamba_ssm_config, mamba_ssm_tensors, write_bin, write_shards
-from .loopback import Hub, serve
 
 CONFIG = mamba_ssm_config("Mamba2")
 
@@ -187,7 +187,6 @@ def test_help_names_formats_and_options() -> None:
         "DEST",
         "mamba_ssm",
         "Codestral",
-        "Falcon-Mamba",
         "llm-random",
         "BlackMamba",
         "activation=silu",
@@ -221,7 +220,8 @@ def test_a_repository_is_read_from_the_hub(terminal: Terminal, tmp_path: Path) -
     code, _, errors = terminal.run(*arguments)
     assert code == 0, errors
     assert {name: (tmp_path / "result" / name).read_bytes() for name in names} == tokenizer
-    assert "/someone/words/resolve/" + "a" * 40 + "/model.safetensors" not in hub.requested
+    assert any(path.startswith("/someone/words/resolve/") for path in hub.requested)
+    assert not any(re.fullmatch(r"/someone/words/resolve/.*/model\.safetensors", path) for path in hub.requested)
     assert not any(path.endswith(("pytorch_model.bin", "notes.md")) for path in hub.requested)
     card = (tmp_path / "result" / "README.md").read_text()
     assert "base_model: someone/mamba" in card and "hf-mamba convert someone/mamba" in card
