@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
+
+from hf_mamba.integrations.cards import report_results
 
 __all__ = ["TEMPLATE", "write_model_card"]
 
@@ -34,21 +36,6 @@ def write_model_card(
     # the language is known for the built-in sources only
     builtin = sources is not None and all(source["packages"] for source in sources["sources"].values())
     text = "English prose" if builtin else "text"
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=f"held-out {text}, {split}",
-            # the hub tells results apart by type, configuration and split
-            dataset_config=split,
-            dataset_split=split.split(":")[0],
-            metric_type=metric,
-            metric_name=metric.replace("_", " "),
-            metric_value=round(figures[metric], 4),
-        )
-        for split, figures in report["results"].items()
-        for metric in ("perplexity", "bits_per_byte")
-    ]
     data = ModelCardData(
         language="en" if builtin else None,
         license="apache-2.0",
@@ -56,7 +43,7 @@ def write_model_card(
         pipeline_tag="text-generation",
         tags=["hf_mamba", config.model_type, "mamba", "state-space-model"],
         model_name=name,
-        eval_results=results,
+        eval_results=report_results(report, f"held-out {text}"),
     )
     card = ModelCard.from_template(
         data,

@@ -4,10 +4,12 @@ from typing import Annotated
 
 import typer
 
+from hf_mamba.cli.card import card
 from hf_mamba.cli.convert import convert
 from hf_mamba.cli.environment import env
 from hf_mamba.cli.generate import generate
 from hf_mamba.cli.inspect_experts import inspect_experts
+from hf_mamba.cli.push import push
 from hf_mamba.version import __version__
 
 __all__ = ["app"]
@@ -75,7 +77,27 @@ hf-mamba inspect-experts ./my-moe-mamba "The ship sailed at dawn."
 hf-mamba inspect-experts ./my-moe-mamba - --json < story.txt
 """
 
+CARD_EXAMPLES = """\
+Examples:
+
+hf-mamba card ./my-model --license apache-2.0 --dataset roneneldan/TinyStories
+
+hf-mamba card ./my-model --check
+"""
+
+PUSH_EXAMPLES = """\
+Examples:
+
+hf-mamba push ./my-model me/my-model --license apache-2.0 --private
+
+hf-mamba push ./my-adapter me/my-adapter --base-model me/my-model --license mit
+
+hf-mamba push ./my-model me/my-model --dry-run
+"""
+
+app.command(epilog=CARD_EXAMPLES)(card)
 app.command(epilog=CONVERT_EXAMPLES)(convert)
 app.command(epilog=ENV_EXAMPLES)(env)
 app.command(epilog=GENERATE_EXAMPLES)(generate)
 app.command("inspect-experts", epilog=INSPECT_EXAMPLES)(inspect_experts)
+app.command(epilog=PUSH_EXAMPLES)(push)

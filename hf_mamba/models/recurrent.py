@@ -4,10 +4,13 @@ Symbols: B batch, L length, d model width, V vocabulary, n packed sequences.
 """
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -18,7 +21,10 @@ from transformers.utils import logging
 from ..cache import MAX_REPLAY, RecurrentCache
 from ..cache_names import CACHE_NAMES
 from ..integrations import peft as peft_integration
+from ..integrations.cards import write_missing_card
+from ..integrations.hub import PUSH_ARGUMENTS, published_config, push_model, write_shim
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
+from ..layers.fused_step import fused_step
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
 from .inputs import (
     check_cache,
@@ -59,6 +65,10 @@ class RecurrentBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, cache: Cache | None = None, seq_idx: Tensor | None = None) -> Tensor:
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        if cache is not None:
+            out = fused_step(self.norm, self.mixer, residual, cache, seq_idx)
+            if out is not None:
+                return out
         return residual + self.mixer(self.norm(hidden_states), cache=cache, seq_idx=seq_idx)
 
 
@@ -113,18 +123,58 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
-        """Save a model as transformers does, always under the standard key names.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        *args,
+        save_original_format: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save a model as transformers does, always under the standard key names, and with a model card.
 
-        The saved configuration has `rescale_prenorm_residual` off: it is an instruction for initialising, and transformers'
-        native classes would apply it again to the weights they load.
+        A README.md that is there already is left alone. MoE-Mamba, which transformers has no class for, gets the line of
+        code that `trust_remote_code=True` runs.
+
+        Args:
+            push_to_hub: upload as `push_to_hub` does, with the keyword arguments of that, `repo_id` among them, after saving.
         """
-        rescale = self.config.rescale_prenorm_residual
-        self.config.rescale_prenorm_residual = False
-        try:
-            super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
-        finally:
-            self.config.rescale_prenorm_residual = rescale
+        published = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
+        with published_config(self.config):
+            super().save_pretrained(
+                save_directory,
+                is_main_process,
+                state_dict,
+                False,
+                max_shard_size,
+                *args,
+                save_original_format=save_original_format,
+                **kwargs,
+            )
+        if is_main_process:
+            write_shim(self.config, save_directory)
+            write_missing_card(self, save_directory)
+        if push_to_hub and is_main_process:
+            repo_id = published.pop("repo_id", Path(save_directory).absolute().name)
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **published)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """Upload the model with its card as one commit; all keyword arguments are those of `hf_mamba.integrations.hub.push_model`.
+
+        They are transformers' own and `license` and `facts` for the card. Files of an earlier upload in other shards are
+        removed by the commit.
+
+        Raises:
+            ValueError: no licence is given, and none is known from a card; or metadata that the Hub would not take.
+        """
+        return push_model(self, repo_id, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """Do nothing: a saved model refers to the installed package, so no code is to be copied beside it."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

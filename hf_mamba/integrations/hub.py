@@ -1,0 +1,418 @@
+"""Uploading models and adapters to the Hub, so that they load with hf_mamba, without it, and with `trust_remote_code`.
+
+Everything is checked on this machine before the Hub is asked for anything: weights, card, and that no path or token of this
+machine goes with the files. The upload is one commit, so that a repository never holds half of it.
+"""
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..registration import AUTO_CLASSES, MODEL_TYPES
+from .card_rules import validate_card
+from .cards import (
+    ADAPTER_CONFIG,
+    CARD,
+    CardFacts,
+    card_of_folder,
+    facts_of_card,
+    fill_metadata,
+    hub_id,
+    is_placeholder,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = [
+    "PUSH_ARGUMENTS",
+    "REMOTE_CODE",
+    "auto_map",
+    "publishable_files",
+    "published_config",
+    "push_folder",
+    "push_model",
+    "write_shim",
+]
+
+T = TypeVar("T")
+# files of a repository: where they lie here, or their content
+Files = dict[str, Path | bytes]
+
+# the file that `trust_remote_code=True` runs
+REMOTE_CODE = "modeling_hf_mamba.py"
+
+# what `save_pretrained(push_to_hub=True)` hands on
+PUSH_ARGUMENTS = (
+    "repo_id",
+    "license",
+    "facts",
+    "tags",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "commit_message",
+    "commit_description",
+)
+
+# of a training run, and of no use to those who load the model; training_args.bin and its like are pickles
+LEFT_OUT = re.compile(
+    r"(^|/)\.|(^|/)__pycache__/|^checkpoint-\d+/|^runs/|^(training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt"
+    r"|rng_state.*\.pth|trainer_state\.json)$"
+)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WEIGHTS = re.compile(
+    r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)|.*(safetensors|bin)\.index\.json"
+)
+
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+ABSOLUTE_PATH = re.compile(r"(/[^/\s]+){2,}/?|~/.*|[A-Za-z]:[\\/].*")
+# larger JSON files are vocabularies
+SETTINGS_SIZE = 1_000_000
+
+RETRIED = (429, 500, 502, 503, 504)
+ATTEMPTS = 5
+LONGEST_WAIT_S = 60.0
+
+
+def auto_map(model_type: str) -> dict[str, str] | None:
+    """Where the classes of a model type are that transformers has no class of its own for; None for the other types."""
+    entry = MODEL_TYPES.get(model_type)
+    if entry is None or entry.native_config_class is not None:
+        return None
+    module, prefix = REMOTE_CODE.removesuffix(".py"), entry.config_class.__name__.removesuffix("Config")
+    models = {auto_class.__name__: f"{module}.{prefix}{suffix}" for suffix, auto_class in AUTO_CLASSES.items()}
+    return {"AutoConfig": f"{module}.{prefix}Config"} | models
+
+
+def shim(names: Mapping[str, str]) -> str:
+    """The file that `names` point into. transformers reads its import and says how to install a package that is missing."""
+    classes = ", ".join(sorted({name.split(".")[1] for name in names.values()}))
+    return f"from hf_mamba import {classes}  # pip install hf-mamba\n"
+
+
+def write_shim(config: "PreTrainedConfig", folder: str | os.PathLike) -> None:
+    """Write the file that `trust_remote_code=True` runs, for a model type that needs it."""
+    names = auto_map(config.model_type)
+    if names is not None:
+        (Path(folder) / REMOTE_CODE).write_text(shim(names), encoding="utf-8")
+
+
+@contextmanager
+def published_config(config: "PreTrainedConfig") -> Iterator[None]:
+    """`config` as it is to be saved: without an instruction for initialising, and with the map to the shim if one is needed.
+
+    `rescale_prenorm_residual` is off in the file: transformers' native classes would apply it again to the weights they load.
+    """
+    # the package is imported, not copied: transformers would try to copy the file of a class that came through the shim
+    values: dict[str, Any] = {"rescale_prenorm_residual": False, "_auto_class": None}
+    names = auto_map(config.model_type)
+    if names is not None:
+        values["auto_map"] = names
+    before = {name: config.__dict__[name] for name in values if name in config.__dict__}
+    config.__dict__.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            config.__dict__.pop(name, None)
+        config.__dict__.update(before)
+
+
+def push_model(
+    model: Any,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    facts: CardFacts | None = None,
+    tags: list[str] | str | None = None,
+    max_shard_size: int | str = "5GB",
+    token: str | bool | None = None,
+    **commit: Any,
+) -> CommitInfo:
+    """Save a model or a PEFT model and upload it; the model itself is not changed, whatever fails.
+
+    A card that somebody wrote and the repository holds is kept; without one, a card is made.
+
+    Args:
+        model: a model of this package, or a `peft.PeftModel` around one.
+        repo_id: owner/name, or a name in one's own namespace.
+        license: one of the Hub's identifiers, such as apache-2.0. It may be left out if the repository's card has one, or the
+            card of the model that this one was loaded from.
+        facts: more for the card.
+        tags: for the card.
+        max_shard_size: the largest weight file.
+        **commit: as in `push_folder`.
+
+    Raises:
+        ValueError: the card would lack a licence or the metadata are invalid.
+        HfHubHTTPError: the Hub refused, or failed again and again.
+    """
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    known = CardFacts(license=license, tags=tuple([tags] if isinstance(tags, str) else tags or ()))
+    facts = known.over(facts or CardFacts())
+    if facts.base_model is None and hub_id(base) not in (None, repo_id):
+        facts = facts.over(CardFacts(base_model=hub_id(base)))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / repo_id.split("/")[-1]
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        # that of the save knows neither the repository nor the facts
+        (folder / CARD).unlink(missing_ok=True)
+        origin = None if facts.license else base
+        return push_folder(folder, repo_id, facts=facts, origin=origin, keep_card=True, token=token, **commit)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    facts: CardFacts | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    origin: str | None = None,
+    keep_card: bool = False,
+) -> CommitInfo:
+    """Upload a saved model or adapter as one commit, into a new repository if there is none. The folder is not changed.
+
+    Args:
+        folder: what `save_pretrained` wrote. Its README.md is the card; without one, the repository's own is kept, and without
+            that a card is made.
+        repo_id: owner/name, or a name in one's own namespace.
+        facts: for the card; what is given is entered into the metadata of a card that exists.
+        private: make a new repository private.
+        token: instead of the one of `hf auth login` or HF_TOKEN.
+        revision: the branch, made if there is none.
+        create_pr: open a pull request instead of writing to the branch.
+        origin: folder or id of a model whose card says the licence if nothing else does.
+        keep_card: prefer the repository's card to that of the folder.
+
+    Raises:
+        ValueError: no weights, damaged ones, a pickle, a path or token of this machine in a file, or metadata that the Hub
+            would not take. Nothing has been sent then.
+        HfHubHTTPError: the Hub refused, or failed again and again. Nothing has been changed in the repository then.
+    """
+    folder, facts = Path(folder), facts or CardFacts()
+    files = publishable_files(folder, facts.base_model)
+    api = HfApi(token=token)
+    if "/" not in repo_id:
+        repo_id = f"{_patiently(api.whoami)['name']}/{repo_id}"
+    validate_repo_id(repo_id)
+
+    remote = None if CARD in files and not keep_card else _patiently(lambda: _card_of(repo_id, token))
+    if remote is not None and not is_placeholder(remote):
+        card = remote
+    elif CARD in files:
+        card = _parsed(folder / CARD)
+    else:
+        card = card_of_folder(folder, repo_id.split("/")[1], facts, model_id=repo_id)
+    fill_metadata(card, facts)
+    if facts_of_card(card).license is None and origin is not None:
+        fill_metadata(card, CardFacts(license=_licence_of(origin, token)))
+    validate_card(card)
+    files[CARD] = str(card).encode()
+    check_private(files)
+
+    repo_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    present = _patiently(lambda: api.list_repo_files(repo_id, revision=revision))
+    # a file of an earlier upload in other shards could be loaded instead of the new weights
+    stale = [name for name in present if WEIGHTS.fullmatch(name) and name not in files]
+    kind = "adapter" if ADAPTER_CONFIG in files else "model"
+
+    def commit() -> CommitInfo:
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+            ],
+            commit_message=commit_message or f"Upload {kind}",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    return _patiently(commit)
+
+
+def publishable_files(folder: str | Path, base_model: str | None = None) -> Files:
+    """What of a folder is uploaded: names in the repository with a path here, or with other content than here.
+
+    Args:
+        base_model: the id on the Hub of an adapter's base model, to stand in for a folder of this machine.
+
+    Raises:
+        ValueError: no weights, damaged or incomplete ones, a pickle, or an adapter whose base model is a folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r}; give the one that save_pretrained() wrote.")
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    files: Files = {name: folder / name for name in names if LEFT_OUT.search(name) is None}
+    pickles = [name for name in files if name.endswith(PICKLES)]
+    if pickles:
+        raise ValueError(
+            f"{', '.join(pickles)} can run code when opened, so they are not uploaded. Save the model anew with "
+            "save_pretrained(), or run `hf-mamba convert`, and remove them."
+        )
+    adapter = ADAPTER_CONFIG in files
+    if not adapter and "config.json" not in files:
+        raise ValueError(f"{folder} has neither config.json nor {ADAPTER_CONFIG}; give what save_pretrained() wrote.")
+    _check_weights(folder, adapter)
+    if adapter:
+        files[ADAPTER_CONFIG] = _adapter_config(folder, base_model)
+    elif REMOTE_CODE not in files:
+        files |= _remote_code(folder)
+    return files
+
+
+def check_private(files: Files) -> None:
+    """Refuse files that hold a token, or settings that are a path of this machine.
+
+    Raises:
+        ValueError: naming file and setting, never the token.
+    """
+    secret = get_token()
+    home = str(Path.home())
+    for name, content in files.items():
+        if not name.endswith((".json", ".md", ".py", ".txt", ".jinja", ".yaml", ".yml")):
+            continue
+        text = (content if isinstance(content, bytes) else content.read_bytes()).decode(errors="replace")
+        # a vocabulary may hold any text
+        if TOKEN.search(text) or (secret is not None and len(secret) > 20 and secret in text):
+            raise ValueError(
+                f"{name} holds a token of the Hub; remove it (and revoke the token if others saw the file)."
+            )
+        if name.endswith(".md") and len(home) > 1 and f"{home}/" in text:
+            raise ValueError(f"{name} names your home folder; write a path or an id that others have.")
+        if name.endswith(".json") and len(text) <= SETTINGS_SIZE and name != "tokenizer.json":
+            for key, value in _settings(json.loads(text)):
+                if ABSOLUTE_PATH.fullmatch(value):
+                    raise ValueError(f"{name}: `{key}` is a path of this machine ({value!r}); remove or shorten it.")
+
+
+def _settings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The texts in a JSON document with the key they stand under."""
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, Mapping):
+        for name, value in content.items():
+            yield from _settings(value, name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _settings(value, key)
+
+
+def _check_weights(folder: Path, adapter: bool) -> None:
+    """Every weight file is there and as long as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    if adapter:
+        names = ["adapter_model.safetensors"]
+    elif (folder / "model.safetensors.index.json").is_file() and not (folder / "model.safetensors").is_file():
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}; save the model with save_pretrained().")
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged: {error}. Save the model anew.") from error
+
+
+def _adapter_config(folder: Path, base_model: str | None) -> bytes:
+    """adapter_config.json, naming a base model that others have."""
+    content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = base_model or hub_id(content.get("base_model_name_or_path"))
+    if base is None:
+        raise ValueError(
+            f"{ADAPTER_CONFIG} names {content.get('base_model_name_or_path')!r} as the base model, which others do not have: "
+            "upload the base model first, and name it with `facts=CardFacts(base_model=...)` or `--base-model`."
+        )
+    content["base_model_name_or_path"] = base
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _remote_code(folder: Path) -> Files:
+    """Map and shim for a model that needs them and was saved without."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = auto_map(content.get("model_type"))
+    if names is None:
+        return {}
+    content["auto_map"] = names
+    return {
+        "config.json": (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(),
+        REMOTE_CODE: shim(names).encode(),
+    }
+
+
+def _card_of(repo_id: str, token: str | bool | None) -> ModelCard | None:
+    """The card of a repository, if there are both."""
+    try:
+        return ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+
+
+def _parsed(file: Path) -> ModelCard:
+    try:
+        return ModelCard.load(file)
+    except ValueError as error:
+        raise ValueError(f"the metadata at the top of {file} cannot be read: {error}") from error
+
+
+def _licence_of(origin: str, token: str | bool | None) -> str | None:
+    """The licence that the card of a folder or repository states, if it states one."""
+    if Path(origin).is_dir():
+        card = _parsed(Path(origin) / CARD) if (Path(origin) / CARD).is_file() else None
+    else:
+        card = None if hub_id(origin) is None else _card_of(origin, token)
+    return None if card is None else facts_of_card(card).license
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """`call()`, again after a pause while the Hub is overloaded, out of order or out of reach.
+
+    A pause is as long as the Hub asks for, else 1, 2, 4, … seconds. Uploaded weights are not sent again.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            wait = _pause(error, attempt)
+            if wait is None or attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _pause(error: BaseException, attempt: int) -> float | None:
+    """Seconds to wait before the next attempt, None if another attempt is of no use."""
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        if error.response.status_code not in RETRIED:
+            return None
+        asked = str(error.response.headers.get("Retry-After", ""))
+        return min(float(asked), LONGEST_WAIT_S) if asked.isdigit() else 2.0**attempt
+    # httpx or httpx2, which share the name: huggingface_hub changed from one to the other
+    broken = any(parent.__name__ == "TransportError" for parent in type(error).__mro__)
+    return 2.0**attempt if broken or isinstance(error, ConnectionError) else None

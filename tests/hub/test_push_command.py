@@ -1,0 +1,172 @@
+"""`hf-mamba card` and `hf-mamba push`: one message for each mistake, and nothing sent before all is checked."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from typer.testing import CliRunner, Result
+
+from hf_mamba import demo_checkpoint
+from hf_mamba.cli import app
+
+from ..loopback_hub import Hub
+from ..models.builders import make_model
+from .examples import logits
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    message = " ".join(result.stderr.split())
+    assert "Error: " in message and "Traceback" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    make_model("moe_mamba").save_pretrained(tmp_path / "tiny", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_push_uploads_what_loads(folder: Path, hub: Hub) -> None:
+    for name in ("training_args.bin", "optimizer.pt", ".hidden"):
+        (folder / name).write_bytes(b"not for others")
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-10" / "model.safetensors").write_bytes(b"not for others")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    listed = run("push", folder, "me/tiny", "--dry-run").stdout.split()
+    assert hub.requests == []
+    result = run("push", folder, "tiny", "--license", "apache-2.0", "--dataset", "someone/words", "--private")
+    assert result.exit_code == 0, result.output
+    assert f"Uploaded to {hub.endpoint}/me/tiny/commit/" in result.stdout and hub.private == {"me/tiny"}
+    files = hub.repositories["me/tiny"]
+    assert set(files) == set(listed) | {"README.md"}
+    assert not any(b"not for others" in content for content in files.values())
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert ModelCard.load("me/tiny").data.datasets == ["someone/words"]
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("me/tiny")), expected)
+
+
+def test_push_completes_a_folder_without_shim_and_card(folder: Path, hub: Hub) -> None:
+    shim = (folder / "modeling_hf_mamba.py").read_bytes()
+    (folder / "modeling_hf_mamba.py").unlink()
+    (folder / "README.md").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    names = config.pop("auto_map")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run("push", folder, "me/tiny", "--license", "mit", "--message", "First").exit_code == 0
+    files = hub.repositories["me/tiny"]
+    assert files["modeling_hf_mamba.py"] == shim and json.loads(files["config.json"])["auto_map"] == names
+    assert b"# tiny" in files["README.md"]
+
+
+def test_push_to_a_branch(folder: Path, hub: Hub) -> None:
+    result = run("push", folder, "me/tiny", "--license", "mit", "--revision", "next")
+    assert result.exit_code == 0, result.output
+    assert hub.repositories["me/tiny"] == {} and "config.json" in hub.branches["me/tiny", "next"]
+
+
+def spoil(folder: Path, how: str) -> None:
+    if how == "truncated":
+        file = sorted(folder.glob("*.safetensors"))[0]
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "shard missing":
+        sorted(folder.glob("*.safetensors"))[0].unlink()
+    elif how == "pickle":
+        (folder / "pytorch_model.bin").write_bytes(b"")
+    elif how == "token":
+        (folder / "notes.txt").write_text("hf_" + "a" * 34)
+    elif how == "path":
+        settings = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps(settings | {"source": "/home/me/data"}))
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "metadata":
+        (folder / "README.md").write_text("---\n- a\n- list\n---\n")
+
+
+@pytest.mark.parametrize(
+    ("how", "parts"),
+    [
+        ("truncated", ["model-00001-of-", "is damaged"]),
+        ("shard missing", ["has no model-00001-of-"]),
+        ("pickle", ["pytorch_model.bin", "hf-mamba convert"]),
+        ("token", ["notes.txt", "token"]),
+        ("path", ["generation_config.json", "`source`", "/home/me/data"]),
+        ("no config", ["config.json"]),
+        ("metadata", ["README.md", "metadata"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_push_refuses_before_it_sends(how: str, parts: list[str], folder: Path, hub: Hub) -> None:
+    spoil(folder, how)
+    assert_refused(run("push", folder, "me/tiny", "--license", "mit"), *parts)
+    assert hub.repositories == {} and {method for method, _ in hub.requests} <= {"GET", "HEAD"}
+
+
+def test_push_needs_a_licence(folder: Path, hub: Hub) -> None:
+    assert_refused(run("push", folder, "me/tiny"), "`license` is missing", "--license")
+    assert_refused(run("push", folder, "me/tiny", "--license", "mine"), "`license` must be one")
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["{missing}", "me/tiny"], ["there is no folder"]),
+        (["{folder}", "a/b/c"], ["'a/b/c' is no name of a repository"]),
+        (["{folder}", "you/tiny"], ["403", "may not write there"]),
+    ],
+    ids=["folder", "name", "foreign"],
+)
+def test_push_explains_mistakes(arguments: list[str], parts: list[str], folder: Path, hub: Hub) -> None:
+    filled = [text.format(folder=folder, missing=folder / "nowhere") for text in arguments]
+    assert_refused(run("push", *filled, "--license", "mit"), *parts)
+
+
+def test_push_without_a_login(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert_refused(run("push", folder, "me/tiny", "--license", "mit"), "401", "hf auth login")
+
+
+def test_card_writes_checks_and_never_overwrites_silently(folder: Path) -> None:
+    (folder / "README.md").unlink()
+    report = Path(demo_checkpoint()) / "training_report.json"
+    result = run("card", folder, "--name", "Tiny", "--language", "en", "--report", report)
+    assert result.exit_code == 0 and "states no licence" in " ".join(result.stderr.split())
+    card = ModelCard.load(folder / "README.md")
+    assert "# Tiny" in card.text and card.data.eval_results and "H100" in card.text
+    assert_refused(run("card", folder), "exists", "--overwrite")
+    assert_refused(run("card", folder, "--check"), "`license` is missing")
+    assert run("card", folder, "--overwrite", "--license", "mit").exit_code == 0
+    card = ModelCard.load(folder / "README.md")
+    # carried over from the card before
+    assert card.data.language == ["en"] and card.data.eval_results and card.data.license == "mit"
+    assert "can be uploaded" in " ".join(run("card", folder, "--check").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "cannot be read"), ("{}", "not one of"), ("[]", "not one of")],
+    ids=["broken", "empty", "list"],
+)
+def test_card_refuses_what_is_no_report(content: str, words: str, folder: Path, tmp_path: Path) -> None:
+    (folder / "README.md").unlink()
+    (tmp_path / "report.json").write_text(content)
+    assert_refused(run("card", folder, "--report", tmp_path / "report.json"), words)
+    assert not (folder / "README.md").exists()
+
+
+def test_card_refuses_a_folder_of_another_kind(tmp_path: Path) -> None:
+    assert_refused(run("card", tmp_path), "no config.json")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    assert_refused(run("card", tmp_path), "'gpt2'", "no model of hf_mamba")
