@@ -5,6 +5,7 @@ from transformers.utils import logging
 
 from benchmarks.cpu_generate import cpu_generate
 from benchmarks.cpu_training import cpu_training
+from benchmarks.generate import generate
 from benchmarks.moe import moe
 from benchmarks.ops import ops
 from benchmarks.plot import plot
@@ -19,6 +20,7 @@ app.command("cpu-training", epilog="Example: python -m benchmarks cpu-training -
 app.command("cpu-generate", epilog="Example: python -m benchmarks cpu-generate --models mamba2 --prompts 512")(
     cpu_generate
 )
+app.command("generate", epilog="Example: python -m benchmarks generate --sizes 2.8b --batches 1,64")(generate)
 app.command("moe", epilog="Example: python -m benchmarks moe --experts 32 --blocks 0")(moe)
 app.command("ops", epilog="Example: python -m benchmarks ops --op selective_scan --against mamba_ssm,eager")(ops)
 app.command("plot", epilog="Example: python -m benchmarks plot benchmarks/results/ops-nvidia-h100.json")(plot)

@@ -1,7 +1,7 @@
 """The models that are compared: ours, transformers' own class and mambapy, all with the same weights."""
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -11,25 +11,63 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM as Nati
 
 import hf_mamba
 
-__all__ = ["KINDS", "SIZES", "MambapyForCausalLM", "has_mambapy", "make_models", "parse_names", "parse_numbers"]
+__all__ = [
+    "CLASSES",
+    "KINDS",
+    "SIZES",
+    "MambapyForCausalLM",
+    "has_mambapy",
+    "make_models",
+    "parse_names",
+    "parse_numbers",
+]
 
 KINDS = ("mamba", "mamba2")
 
-# the shapes of the published checkpoints of these names, and a small model for training on a CPU
-SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "130m": {
-        "mamba": {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16},
+
+class Classes(NamedTuple):
+    """transformers' and our configuration and language model of one kind."""
+
+    native_config: Any
+    native: Any
+    own_config: Any
+    own: Any
+
+
+CLASSES = {
+    "mamba": Classes(transformers.MambaConfig, NativeMamba, hf_mamba.MambaConfig, hf_mamba.MambaForCausalLM),
+    "mamba2": Classes(transformers.Mamba2Config, NativeMamba2, hf_mamba.Mamba2Config, hf_mamba.Mamba2ForCausalLM),
+}
+
+
+def _published(hidden_size: int, num_hidden_layers: int) -> dict[str, dict[str, Any]]:
+    """The shapes of the published checkpoints of one size, by kind."""
+    return {
+        "mamba": {
+            "vocab_size": 50280,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "state_size": 16,
+        },
         "mamba2": {
             "vocab_size": 50288,
-            "hidden_size": 768,
-            "num_hidden_layers": 24,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
             "state_size": 128,
-            "num_heads": 24,
+            "num_heads": 2 * hidden_size // 64,
             "head_dim": 64,
             "n_groups": 1,
             "tie_word_embeddings": True,
         },
-    },
+    }
+
+
+# the shapes of the published checkpoints (Mamba-2's largest two are called 1.3b and 2.7b), and a small model for training on a CPU
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "130m": _published(768, 24),
+    "370m": _published(1024, 48),
+    "1.4b": _published(2048, 48),
+    "2.8b": _published(2560, 64),
     "small": {
         "mamba": {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 4, "state_size": 16},
         "mamba2": {
@@ -101,12 +139,7 @@ def make_models(kind: str, size: str, layers: int | None = None, mambapy: bool =
     if layers is not None:
         shape["num_hidden_layers"] = layers
     torch.manual_seed(0)
-    classes: tuple[Any, Any, Any, Any] = (
-        (transformers.MambaConfig, NativeMamba, hf_mamba.MambaConfig, hf_mamba.MambaForCausalLM)
-        if kind == "mamba"
-        else (transformers.Mamba2Config, NativeMamba2, hf_mamba.Mamba2Config, hf_mamba.Mamba2ForCausalLM)
-    )
-    native_config, native_class, own_config, own_class = classes
+    native_config, native_class, own_config, own_class = CLASSES[kind]
     native = native_class(native_config(**shape))
     models: dict[str, nn.Module] = {"transformers": native}
     if mambapy and kind == "mamba":

@@ -1,13 +1,22 @@
-"""Linear layers on a few rows, as in decoding, where reading the weight once is all the work there is."""
+"""Linear layers on a few rows, as in decoding, where reading the weight once is all the work there is.
+
+Symbols: B batch, L length, d inputs.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mamba_kernels import fused_linear
+from mamba_kernels.dispatch import select
+
 from .linear import is_plain_linear
 
-__all__ = ["project"]
+__all__ = ["MAX_GPU_ROWS", "project"]
+
+# on a GPU, more rows are as fast through the library (docs/performance.md)
+MAX_GPU_ROWS = 8
 
 # parts of the weight; divides the widths of the published models and their padded vocabularies
 PARTS = 8
@@ -16,20 +25,28 @@ MAX_ROWS, MIN_ELEMENTS = 32, 2**17
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """`linear(x)` for x (B, L, d), faster without gradients on a CPU where x has few rows.
+    """`linear(x)` for x (B, L, d), faster without gradients where x has few rows.
 
-    MKL multiplies one row with a matrix on one thread, which reads the weight at half the speed of the memory. A batch of
+    On a GPU our kernel reads the weight at the speed of its memory. On a CPU, MKL multiplies one row with a matrix on one thread, which reads the weight at half the speed of the memory. A batch of
     products with parts of the weight uses all threads, and forms the same sums.
     """
     # a reentrant checkpoint runs without gradients first, and has to find the same values with them
     if linear.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return linear(x)
-    if x.device.type != "cpu" or not is_plain_linear(linear):
+    if not is_plain_linear(linear):
         return linear(x)
     plain: Any = linear
     weight, bias = plain.weight, plain.bias
     batch, length, in_features = x.shape
     rows = batch * length
+    if x.device.type != "cpu":
+        # a quantised or distributed weight is of another type
+        known = type(weight) is nn.Parameter and weight.dtype == x.dtype and weight.device == x.device
+        if not known or not 0 < rows <= MAX_GPU_ROWS or torch.is_autocast_enabled(x.device.type):
+            return linear(x)
+        if select("fused_linear", x.device) != "triton":
+            return linear(x)
+        return fused_linear(x.reshape(rows, in_features), weight, bias=bias).view(batch, length, -1)
     if not 0 < rows <= MAX_ROWS or not _splits(weight, x):
         return linear(x)
     out_features = weight.shape[0]

@@ -4,6 +4,7 @@ Only torch is needed; Triton kernels are used where there are any for the device
 """
 
 from .causal_conv1d import causal_conv1d
+from .decode import fused_linear, mamba2_step, mamba_step
 from .dispatch import backend, forced_backend
 from .norm import add_rms_norm, rms_norm, rms_norm_gated
 from .selective_scan import selective_scan
@@ -16,6 +17,9 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "forced_backend",
+    "fused_linear",
+    "mamba2_step",
+    "mamba_step",
     "rms_norm",
     "rms_norm_gated",
     "selective_scan",

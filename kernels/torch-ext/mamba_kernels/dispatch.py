@@ -38,6 +38,9 @@ OPS: dict[str, bool] = {
     "rms_norm": True,
     "add_rms_norm": True,
     "rms_norm_gated": True,
+    "fused_linear": True,
+    "mamba_step": True,
+    "mamba2_step": True,
 }
 
 

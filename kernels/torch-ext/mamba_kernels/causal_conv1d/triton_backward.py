@@ -1,141 +1,49 @@
 """The causal convolution in Triton, backward: gradients of inputs, weights and initial states.
 
-The formulas are in `triton_common`. pre is found again for each of the W tokens that an input reaches; the overlapping reads
-come from the caches.
+The formulas are in `triton_common`. A program walks on for W - 1 tokens beyond its run, since these send gradients back to it.
+While it walks it holds the inputs of the last W - 1 tokens and what has come together of their gradients.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_common import Tuning, conv_kernel, inputs, load_taps, sequence_of_state, sigmoid_of, token_info
+from .triton_common import (
+    Tuning,
+    both,
+    conv_kernel,
+    is_real,
+    load_taps,
+    restarted,
+    sequence_at,
+    sequence_of_state,
+    sigmoid_of,
+    window_before,
+)
 
 __all__ = ["BACKWARD", "conv_bwd_kernel", "conv_initial_gradient_kernel"]
 
-BACKWARD = Tuning(tokens=16, channels=128, tiles=8)
+BACKWARD = Tuning(channels=128, tokens=8, longest=16)
 
 
 @triton.jit
-def _gradient_of_sums(
-    x,
-    dy,
-    initial,
-    numbers,
-    stride_t,
-    stride_dy_t,
-    t,
-    real,
-    number,
-    begin,
-    row,
-    c,
-    mask,
-    channels,
-    taps,
-    offset,
-    W: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    MARKS: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SILU: tl.constexpr,
-):
-    """dpre (BT, BC) of tokens t, 0 where they are not real, and their inputs j tokens back, j = 0, 1, …"""
-    place = t.to(tl.int64)[:, None] * stride_dy_t + c[None, :]
-    gradient = tl.load(dy + place, mask=real[:, None] & mask[None, :], other=0.0).to(tl.float32)
-    values = ()
-    for j in tl.static_range(W):
-        value = inputs(
-            x,
-            initial,
-            numbers,
-            stride_t,
-            t - j,
-            real,
-            number,
-            begin,
-            row,
-            c,
-            mask,
-            channels,
-            W,
-            HAS_INITIAL,
-            MARKS,
-            VARLEN,
-        )
-        values = values + (value,)
+def _gradient_of_sum(gradient, seen, taps, offset, W: tl.constexpr, SILU: tl.constexpr):
+    """dpre of a token from the gradient of its output and the inputs that it sees."""
     if SILU:
-        pre = offset + values[0] * taps[0][None, :]
-        for j in tl.static_range(1, W):
-            pre += values[j] * taps[j][None, :]
+        pre = offset
+        for j in tl.static_range(W):
+            pre += seen[j] * taps[j]
         sigmoid = sigmoid_of(pre)
         gradient *= sigmoid * (1.0 + pre * (1.0 - sigmoid))
-    return gradient, values
-
-
-@triton.jit
-def _gradient_of_inputs(
-    gradient,
-    x,
-    dy,
-    initial,
-    numbers,
-    bounds,
-    stride_t,
-    stride_dy_t,
-    s,
-    wanted,
-    number,
-    row,
-    c,
-    mask,
-    channels,
-    length,
-    taps,
-    offset,
-    W: tl.constexpr,
-    FIRST: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    MARKS: tl.constexpr,
-    VARLEN: tl.constexpr,
-    SILU: tl.constexpr,
-):
-    """`gradient` plus what comes to the inputs at positions s from the tokens s + FIRST, …, s + W - 1 of their sequence."""
-    for i in tl.static_range(FIRST, W):
-        real, number_i, begin_i = token_info(numbers, bounds, s + i, length, MARKS, VARLEN)
-        reached = real & wanted & (number_i == number)
-        dpre, _values = _gradient_of_sums(
-            x,
-            dy,
-            initial,
-            numbers,
-            stride_t,
-            stride_dy_t,
-            s + i,
-            reached,
-            number_i,
-            begin_i,
-            row,
-            c,
-            mask,
-            channels,
-            taps,
-            offset,
-            W,
-            HAS_INITIAL,
-            MARKS,
-            VARLEN,
-            SILU,
-        )
-        gradient += dpre * taps[i][None, :]
     return gradient
 
 
 @triton.jit
 def _gradient_of_final(dfinal, s, wanted, end, state, c, mask, channels, W: tl.constexpr):
-    """What comes to the inputs at positions s from the final states of a sequence that ends at `end`: (BT, BC)."""
+    """What comes to the input at position s from the final states of a sequence that ends at `end`: (BC,)."""
     i = s - end + (W - 1)
-    kept = (wanted & (i >= 0) & (i < W - 1)) != 0
-    place = (state[:, None] * channels + c[None, :]) * (W - 1) + i[:, None]
-    return tl.load(dfinal + place, mask=kept[:, None] & mask[None, :], other=0.0).to(tl.float32)
+    kept = wanted & (i >= 0) & (i < W - 1)
+    place = dfinal + (state * channels + c) * (W - 1) + i
+    return tl.load(place, mask=both(mask, kept), other=0.0).to(tl.float32)
 
 
 @conv_kernel
@@ -159,11 +67,11 @@ def conv_bwd_kernel(
     stride_weight_w,
     length,
     channels,
-    n_tiles,
+    run,
+    n_runs,
     W: tl.constexpr,
-    BT: tl.constexpr,
+    K: tl.constexpr,
     BC: tl.constexpr,
-    TILES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr,
@@ -171,100 +79,115 @@ def conv_bwd_kernel(
     VARLEN: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """dx of TILES tiles, and their share of the gradients of the weight and the bias: sums (B · n_tiles, W + 1, D).
+    """dx of `run` tokens, and their share of the gradients of the weight and the bias: sums (B · n_runs, W + 1, D).
 
-    ends (B,): where the last sequence of each row ends, with MARKS.
+    ends (B,): where the last sequence of each row ends, with MARKS. run + W - 1 is best a multiple of K.
     """
     blocks = tl.cdiv(channels, BC)
     pid = tl.program_id(0).to(tl.int64)
     c = (pid % blocks).to(tl.int32) * BC + tl.arange(0, BC)
     mask = c < channels
     share = pid // blocks
-    run = share % n_tiles
-    row = share // n_tiles
+    start = (share % n_runs).to(tl.int32) * run
+    stop = tl.minimum(start + run, length)
+    row = share // n_runs
     x += row * stride_b
     dy += row * stride_dy_b
     dx += row * length * channels
     numbers += row * length
     taps = load_taps(weight, stride_weight_d, stride_weight_w, c, mask, W)
-    offset = tl.zeros((BT, BC), tl.float32)
+    zeros = tl.zeros((BC,), tl.float32)
+    offset = zeros
     if HAS_BIAS:
-        offset += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)[None, :]
-    dtaps = ()
-    for _j in tl.static_range(W):
-        dtaps = dtaps + (tl.zeros((BC,), tl.float32),)
-    dbias = tl.zeros((BC,), tl.float32)
-    for tile in range(0, TILES):
-        t = ((run * TILES + tile) * BT).to(tl.int32) + tl.arange(0, BT)
-        real, number, begin = token_info(numbers, bounds, t, length, MARKS, VARLEN)
-        dpre, values = _gradient_of_sums(
-            x,
-            dy,
-            initial,
-            numbers,
-            stride_t,
-            stride_dy_t,
-            t,
-            real,
-            number,
-            begin,
-            row,
-            c,
-            mask,
-            channels,
-            taps,
-            offset,
-            W,
-            HAS_INITIAL,
-            MARKS,
-            VARLEN,
-            SILU,
-        )
-        dbias += tl.sum(dpre, 0)
-        more = ()
-        for j in tl.static_range(W):
-            more = more + (dtaps[j] + tl.sum(dpre * values[j], 0),)
-        dtaps = more
-        gradient = _gradient_of_inputs(
-            dpre * taps[0][None, :],
-            x,
-            dy,
-            initial,
-            numbers,
-            bounds,
-            stride_t,
-            stride_dy_t,
-            t,
-            real,
-            number,
-            row,
-            c,
-            mask,
-            channels,
-            length,
-            taps,
-            offset,
-            W,
-            1,
-            HAS_INITIAL,
-            MARKS,
-            VARLEN,
-            SILU,
-        )
-        if HAS_FINAL:
-            end = t * 0 + length
-            state = row + number.to(tl.int64) * 0
-            wanted = real
-            if MARKS:
-                end = t * 0 + tl.load(ends + row)
-                last = tl.load(numbers + tl.load(ends + row) - 1, mask=tl.load(ends + row) > 0, other=0) >> 1
-                wanted = wanted & (number == last)
-            if VARLEN:
-                end = tl.load(bounds + number + 1, mask=real, other=0).to(tl.int32)
-                state = number.to(tl.int64)
-            gradient += _gradient_of_final(dfinal, t, wanted, end, state, c, mask, channels, W)
-        offsets = t.to(tl.int64)[:, None] * channels + c[None, :]
-        tl.store(dx + offsets, gradient, mask=(t < length)[:, None] & mask[None, :])
+        offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    window = window_before(
+        x,
+        initial,
+        numbers,
+        bounds,
+        stride_t,
+        start,
+        row,
+        c,
+        mask,
+        length,
+        channels,
+        W,
+        HAS_INITIAL,
+        MARKS,
+        VARLEN,
+    )
+    before = sequence_at(numbers, start, length, MARKS, VARLEN)
+    # of the tokens 1, …, W - 1 back: the gradient so far, and whether the present token can add to it
+    gathered = ()
+    reached = ()
+    dtaps = (zeros,)
+    for _j in tl.static_range(1, W):
+        gathered = gathered + (zeros,)
+        reached = reached + (start >= 0,)
+        dtaps = dtaps + (zeros,)
+    dbias = zeros
+    for i in range(0, tl.cdiv(stop - start + (W - 1), K)):
+        first = start + i * K
+        loaded = ()
+        incoming = ()
+        for k in tl.static_range(K):
+            t = first + k
+            real = is_real(numbers, t, length, MARKS)
+            loaded = loaded + (tl.load(x + t.to(tl.int64) * stride_t + c, mask=both(mask, real), other=0.0),)
+            incoming = incoming + (tl.load(dy + t.to(tl.int64) * stride_dy_t + c, mask=both(mask, real), other=0.0),)
+        for k in tl.static_range(K):
+            t = first + k
+            if MARKS or VARLEN:
+                number = sequence_at(numbers, t, length, MARKS, VARLEN)
+                changed = number != before
+                window = restarted(window, initial, changed, number, c, mask, channels, W, HAS_INITIAL and VARLEN)
+                before = number
+            seen = (loaded[k].to(tl.float32),) + window
+            dpre = _gradient_of_sum(incoming[k].to(tl.float32), seen, taps, offset, W, SILU)
+            counted = tl.where(t < stop, dpre, 0.0)
+            dbias += counted
+            more = ()
+            for j in tl.static_range(W):
+                more = more + (dtaps[j] + counted * seen[j],)
+            dtaps = more
+            sums_of_tokens = (dpre * taps[0],)
+            for j in tl.static_range(1, W):
+                part = dpre * taps[j]
+                if MARKS or VARLEN:
+                    part = tl.where(reached[j - 1] & (changed == 0), part, 0.0)
+                sums_of_tokens = sums_of_tokens + (gathered[j - 1] + part,)
+            s = t - (W - 1)
+            gradient = sums_of_tokens[W - 1]
+            if HAS_FINAL:
+                wanted = is_real(numbers, s, length, MARKS)
+                end = (s * 0 + length).to(tl.int32)
+                state = row
+                if MARKS:
+                    end = tl.load(ends + row)
+                    last = tl.load(numbers + end - 1, mask=end > 0, other=0) >> 1
+                    wanted = wanted & (sequence_at(numbers, s, length, MARKS, VARLEN) == last)
+                if VARLEN:
+                    state = sequence_at(numbers, s, length, MARKS, VARLEN).to(tl.int64)
+                    end = tl.load(bounds + state + 1).to(tl.int32)
+                gradient += _gradient_of_final(dfinal, s, wanted, end, state, c, mask, channels, W)
+            tl.store(dx + s.to(tl.int64) * channels + c, gradient, mask=both(mask, (s >= start) & (s < stop)))
+            shifted = ()
+            kept = ()
+            alive = ()
+            for j in tl.static_range(W - 1):
+                shifted = shifted + (seen[j],)
+                kept = kept + (sums_of_tokens[j],)
+                if MARKS or VARLEN:
+                    if j == 0:
+                        alive = alive + (is_real(numbers, t, length, MARKS),)
+                    else:
+                        alive = alive + (reached[j - 1] & (changed == 0),)
+                else:
+                    alive = alive + (reached[j],)
+            window = shifted
+            gathered = kept
+            reached = alive
     sums += share * ((W + 1) * channels) + c
     for j in tl.static_range(W):
         tl.store(sums + (W - 1 - j) * channels, dtaps[j], mask=mask)
@@ -292,7 +215,6 @@ def conv_initial_gradient_kernel(
     length,
     channels,
     W: tl.constexpr,
-    BT: tl.constexpr,
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FINAL: tl.constexpr,
@@ -311,46 +233,44 @@ def conv_initial_gradient_kernel(
     dy += row * stride_dy_b
     numbers += row * length
     taps = load_taps(weight, stride_weight_d, stride_weight_w, c, mask, W)
-    offset = tl.zeros((BT, BC), tl.float32)
+    offset = tl.zeros((BC,), tl.float32)
     if HAS_BIAS:
-        offset += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)[None, :]
-    i = tl.arange(0, BT)
-    s = begin - (W - 1) + i
-    wanted = i < W - 1
-    number = i * 0
-    if VARLEN:
-        number += sequence.to(tl.int32)
-    gradient = tl.zeros((BT, BC), tl.float32)
-    # tokens before `begin` belong to another sequence, or are none
-    gradient = _gradient_of_inputs(
-        gradient,
-        x,
-        dy,
-        initial,
-        numbers,
-        bounds,
-        stride_t,
-        stride_dy_t,
-        s,
-        wanted,
-        number,
-        row,
-        c,
-        mask,
-        channels,
-        length,
-        taps,
-        offset,
-        W,
-        1,
-        True,
-        MARKS,
-        VARLEN,
-        SILU,
-    )
-    if HAS_FINAL:
+        offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    window = ()
+    gradients = ()
+    for i in tl.static_range(W - 1):
+        place = initial + (sequence * channels + c) * (W - 1)
+        window = window + (tl.load(place + (W - 2 - i), mask=mask, other=0.0).to(tl.float32),)
+        gradient = tl.zeros((BC,), tl.float32)
+        if HAS_FINAL:
+            # a sequence of fewer than W - 1 tokens hands on inputs from before it
+            wanted = end >= begin
+            if MARKS:
+                wanted = wanted & (last == 0)
+            gradient = _gradient_of_final(dfinal, begin - (W - 1) + i, wanted, end, sequence, c, mask, channels, W)
+        gradients = gradients + (gradient,)
+    for k in tl.static_range(W - 1):
+        t = begin + k
+        # with MARKS a row's first sequence ends where the number changes, else it is known
+        real = is_real(numbers, t, length, MARKS)
         if MARKS:
-            wanted = (wanted & (last == 0)) != 0
-        gradient += _gradient_of_final(dfinal, s, wanted, end + i * 0, sequence + i * 0, c, mask, channels, W)
-    place = (sequence * channels + c[None, :]) * (W - 1) + i[:, None]
-    tl.store(dinitial + place, gradient, mask=(i < W - 1)[:, None] & mask[None, :])
+            real = real & (sequence_at(numbers, t, length, MARKS, VARLEN) == 0)
+        if VARLEN:
+            real = real & (t < end)
+        value = tl.load(x + t.to(tl.int64) * stride_t + c, mask=both(mask, real), other=0.0).to(tl.float32)
+        dout = tl.load(dy + t.to(tl.int64) * stride_dy_t + c, mask=both(mask, real), other=0.0).to(tl.float32)
+        seen = (value,) + window
+        dpre = _gradient_of_sum(dout, seen, taps, offset, W, SILU)
+        shifted = ()
+        more = ()
+        for i in tl.static_range(W - 1):
+            shifted = shifted + (seen[i],)
+            # input i lies k + W - 1 - i tokens before token t
+            if i >= k:
+                more = more + (gradients[i] + dpre * taps[k + W - 1 - i],)
+            else:
+                more = more + (gradients[i],)
+        window = shifted
+        gradients = more
+    for i in tl.static_range(W - 1):
+        tl.store(dinitial + (sequence * channels + c) * (W - 1) + i, gradients[i], mask=mask)

@@ -40,8 +40,10 @@ def layout_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> L
     return Layout(marks, None, torch.where(valid, positions, 0).amax(1))
 
 
-def _block(channels: int, tuning: Tuning) -> int:
-    return min(tuning.channels, max(16, triton.next_power_of_2(channels)))
+def _blocks(channels: int, tuning: Tuning) -> tuple[int, int]:
+    """Channels of a program, and how many programs they take."""
+    block = min(tuning.channels, max(16, triton.next_power_of_2(channels)))
+    return block, triton.cdiv(channels, block)
 
 
 def _forward(
@@ -56,10 +58,10 @@ def _forward(
     batch, length, channels = x.shape
     taps = weight.shape[1]
     tuning = FORWARD
-    block = _block(channels, tuning)
-    blocks = triton.cdiv(channels, block)
+    block, blocks = _blocks(channels, tuning)
+    run = tuning.rounds(batch, length, blocks) * tuning.tokens
+    runs = triton.cdiv(length, run)
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
-    n_tiles = triton.cdiv(length, tuning.tokens)
     flags = {
         "HAS_INITIAL": initial is not None,
         "MARKS": layout.ends is not None,
@@ -70,7 +72,7 @@ def _forward(
         x if layout.numbers is None else layout.numbers,
         x if layout.bounds is None else layout.bounds,
     )
-    conv_fwd_kernel[(batch * n_tiles * blocks,)](
+    conv_fwd_kernel[(batch * runs * blocks,)](
         x,
         weight,
         x if bias is None else bias,
@@ -80,14 +82,15 @@ def _forward(
         *weight.stride(),
         length,
         channels,
-        n_tiles,
+        run,
+        runs,
         W=taps,
-        BT=tuning.tokens,
+        K=tuning.tokens,
         BC=block,
         HAS_BIAS=bias is not None,
         SILU=silu,
         **flags,
-        num_warps=tuning.warps,
+        num_warps=1,
     )
     sequences = batch if layout.bounds is None else layout.bounds.shape[0] - 1
     if not return_final_states:
@@ -103,10 +106,9 @@ def _forward(
             length,
             channels,
             W=taps,
-            BT=triton.next_power_of_2(taps - 1),
             BC=block,
             **flags,
-            num_warps=tuning.warps,
+            num_warps=1,
         )
     return y, final
 
@@ -138,9 +140,10 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
         batch, length, channels = x.shape
         taps = weight.shape[1]
         tuning = BACKWARD
-        block = _block(channels, tuning)
-        blocks = triton.cdiv(channels, block)
-        runs = triton.cdiv(length, tuning.tokens * tuning.tiles)
+        block, blocks = _blocks(channels, tuning)
+        # with the tokens beyond a run that send gradients back to it, whole rounds; eight taps take two rounds at least
+        run = tuning.rounds(batch, length, blocks) * tuning.tokens - (taps - 1)
+        runs = triton.cdiv(length, run)
         dy = _dense_rows(dy)
         has_final = ctx.return_final_states and taps > 1
         states = dfinal.contiguous() if has_final else x
@@ -164,16 +167,16 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
             dx,
             sums,
             *strides,
+            run,
             runs,
             W=taps,
-            BT=tuning.tokens,
+            K=tuning.tokens,
             BC=block,
-            TILES=tuning.tiles,
             HAS_INITIAL=initial is not None,
             HAS_FINAL=has_final,
             SILU=ctx.silu,
             **flags,
-            num_warps=tuning.warps,
+            num_warps=1,
         )
         dinitial = None
         if initial is not None:
@@ -184,12 +187,11 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
                     dinitial,
                     *strides,
                     W=taps,
-                    BT=triton.next_power_of_2(taps - 1),
                     BC=block,
                     HAS_FINAL=has_final,
                     SILU=ctx.silu,
                     **flags,
-                    num_warps=tuning.warps,
+                    num_warps=1,
                 )
         totals = sums.sum(0)
         dweight = totals[:taps].t().to(weight.dtype)

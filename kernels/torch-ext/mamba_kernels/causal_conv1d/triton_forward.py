@@ -2,11 +2,23 @@
 
 import triton.language as tl
 
-from .triton_common import Tuning, conv_kernel, inputs, load_taps, sequence_of_state, sigmoid_of, token_info
+from .triton_common import (
+    Tuning,
+    both,
+    conv_kernel,
+    input_at,
+    is_real,
+    load_taps,
+    restarted,
+    sequence_at,
+    sequence_of_state,
+    sigmoid_of,
+    window_before,
+)
 
 __all__ = ["FORWARD", "conv_final_states_kernel", "conv_fwd_kernel"]
 
-FORWARD = Tuning(tokens=16, channels=256)
+FORWARD = Tuning(channels=256, tokens=8, longest=8)
 
 
 @conv_kernel
@@ -24,9 +36,10 @@ def conv_fwd_kernel(
     stride_weight_w,
     length,
     channels,
-    n_tiles,
+    run,
+    n_runs,
     W: tl.constexpr,
-    BT: tl.constexpr,
+    K: tl.constexpr,
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
@@ -34,46 +47,66 @@ def conv_fwd_kernel(
     VARLEN: tl.constexpr,
     SILU: tl.constexpr,
 ):
+    """y (B, L, D) of `run` tokens, a multiple of K."""
     blocks = tl.cdiv(channels, BC)
     pid = tl.program_id(0).to(tl.int64)
     c = (pid % blocks).to(tl.int32) * BC + tl.arange(0, BC)
     mask = c < channels
-    tile = (pid // blocks) % n_tiles
-    row = pid // (blocks * n_tiles)
-    t = (tile * BT).to(tl.int32) + tl.arange(0, BT)
+    start = ((pid // blocks) % n_runs).to(tl.int32) * run
+    row = pid // (blocks * n_runs)
     x += row * stride_b
     numbers += row * length
     y += row * length * channels
-    real, number, begin = token_info(numbers, bounds, t, length, MARKS, VARLEN)
     taps = load_taps(weight, stride_weight_d, stride_weight_w, c, mask, W)
-    pre = tl.zeros((BT, BC), tl.float32)
+    offset = tl.zeros((BC,), tl.float32)
     if HAS_BIAS:
-        pre += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)[None, :]
-    for j in tl.static_range(W):
-        value = inputs(
-            x,
-            initial,
-            numbers,
-            stride_t,
-            t - j,
-            real,
-            number,
-            begin,
-            row,
-            c,
-            mask,
-            channels,
-            W,
-            HAS_INITIAL,
-            MARKS,
-            VARLEN,
-        )
-        pre += value * taps[j][None, :]
-    if SILU:
-        pre *= sigmoid_of(pre)
-    pre = tl.where(real[:, None], pre, 0.0)
-    offsets = t.to(tl.int64)[:, None] * channels + c[None, :]
-    tl.store(y + offsets, pre, mask=(t < length)[:, None] & mask[None, :])
+        offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    window = window_before(
+        x,
+        initial,
+        numbers,
+        bounds,
+        stride_t,
+        start,
+        row,
+        c,
+        mask,
+        length,
+        channels,
+        W,
+        HAS_INITIAL,
+        MARKS,
+        VARLEN,
+    )
+    before = sequence_at(numbers, start, length, MARKS, VARLEN)
+    for i in range(0, tl.cdiv(tl.minimum(run, length - start), K)):
+        first = start + i * K
+        loaded = ()
+        for k in tl.static_range(K):
+            t = first + k
+            real = is_real(numbers, t, length, MARKS)
+            loaded = loaded + (tl.load(x + t.to(tl.int64) * stride_t + c, mask=both(mask, real), other=0.0),)
+        for k in tl.static_range(K):
+            t = first + k
+            if MARKS or VARLEN:
+                number = sequence_at(numbers, t, length, MARKS, VARLEN)
+                window = restarted(
+                    window, initial, number != before, number, c, mask, channels, W, HAS_INITIAL and VARLEN
+                )
+                before = number
+            seen = (loaded[k].to(tl.float32),) + window
+            pre = offset
+            for j in tl.static_range(W):
+                pre += seen[j] * taps[j]
+            if SILU:
+                pre *= sigmoid_of(pre)
+            if MARKS:
+                pre = tl.where(is_real(numbers, t, length, MARKS), pre, 0.0)
+            tl.store(y + t.to(tl.int64) * channels + c, pre, mask=both(mask, (t < length)))
+            shifted = ()
+            for j in tl.static_range(W - 1):
+                shifted = shifted + (seen[j],)
+            window = shifted
 
 
 @conv_kernel
@@ -89,7 +122,6 @@ def conv_final_states_kernel(
     length,
     channels,
     W: tl.constexpr,
-    BT: tl.constexpr,
     BC: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     MARKS: tl.constexpr,
@@ -102,25 +134,22 @@ def conv_final_states_kernel(
     mask = c < channels
     sequence = pid // blocks
     row, number, begin, end = sequence_of_state(numbers, bounds, ends, sequence, length, MARKS, VARLEN)
-    i = tl.arange(0, BT)
-    s = end - (W - 1) + i
-    value = inputs(
-        x + row * stride_b,
-        initial,
-        numbers + row * length,
-        stride_t,
-        s,
-        i < W - 1,
-        number + i * 0,
-        begin + i * 0,
-        row,
-        c,
-        mask,
-        channels,
-        W,
-        HAS_INITIAL,
-        MARKS,
-        VARLEN,
-    )
-    place = (sequence * channels + c[None, :]) * (W - 1) + i[:, None]
-    tl.store(final + place, value, mask=(i < W - 1)[:, None] & mask[None, :])
+    for i in tl.static_range(W - 1):
+        value = input_at(
+            x + row * stride_b,
+            initial,
+            numbers + row * length,
+            stride_t,
+            end - (W - 1) + i,
+            number,
+            begin,
+            sequence,
+            c,
+            mask,
+            length,
+            channels,
+            W,
+            HAS_INITIAL,
+            MARKS,
+        )
+        tl.store(final + (sequence * channels + c) * (W - 1) + i, value, mask=mask)

@@ -1,0 +1,313 @@
+"""generate() on random weights of the published shapes, ours and its peers: time to the first token and time a token.
+
+The time of a call with one new token is the time to the first token; what a call with more takes beyond that, divided by their
+number, is the time a token. Both are wall time as a user has it, tokenizer and streaming left out. The floor is the time to
+read every weight once and every state twice (read and written) at the speed of a copy.
+"""
+
+import contextlib
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import hf_mamba
+from benchmarks.contenders import CLASSES, KINDS, SIZES, parse_names, parse_numbers
+from benchmarks.op_contenders import is_installed
+from benchmarks.record import Record, Row, table_console
+from benchmarks.timing import Timing, copy_bandwidth, disagreement, peak_memory_mib, synchronize
+
+__all__ = ["generate"]
+
+OURS, STOCK_LOOP, NATIVE, MAMBA_SSM, ATTENTION = "hf_mamba", "stock-loop", "transformers", "mamba_ssm", "attention"
+PEERS = (STOCK_LOOP, NATIVE, MAMBA_SSM, ATTENTION)
+# a Transformer of the same size: the shapes of Pythia (arXiv 2304.01373, table 1)
+PYTHIA = {
+    "130m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "370m": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "1.4b": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 8192},
+    "2.8b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
+}
+# of shared/DESIGN.md, "Numbers to beat": ms a token by (kind, size, batch), ms for a prompt of 2,048 tokens by (kind, size)
+DECODE_TARGETS = {
+    ("mamba", "130m", 1): 0.5,
+    ("mamba", "2.8b", 1): 2.8,
+    ("mamba2", "2.8b", 1): 2.8,
+    ("mamba", "2.8b", 64): 4.5,
+    ("mamba2", "2.8b", 64): 8.0,
+}
+PREFILL_TARGETS = {("mamba", "130m"): 5.0, ("mamba", "2.8b"): 25.0, ("mamba2", "2.8b"): 25.0}
+TARGET_PROMPT = 2048
+# logits relative to the largest one: in half precision, kernels that round at other places
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def generate(
+    models: Annotated[str, typer.Option(help="mamba, mamba2 or both, separated by a comma.")] = "mamba,mamba2",
+    sizes: Annotated[str, typer.Option(help=f"Out of {', '.join(PYTHIA)}.")] = "130m,370m,1.4b,2.8b",
+    prompts: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "128,2048",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64,256",
+    new_tokens: Annotated[int, typer.Option(help="New tokens of a timed call.", min=2)] = 64,
+    against: Annotated[
+        str, typer.Option(help="Contenders; those that are not installed are named and left out.")
+    ] = ",".join(PEERS),
+    rounds: Annotated[int, typer.Option(help="Timed calls of each contender.", min=1)] = 3,
+    layers: Annotated[int | None, typer.Option(help="Layers; those of the checkpoints when left out.")] = None,
+    seconds: Annotated[float, typer.Option(help="What is not measured after this time is left out.")] = 300.0,
+    commit: Annotated[str | None, typer.Option(help="The commit to write down where there is no .git.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", "--output", help="Default: in benchmarks/results.")] = None,
+) -> None:
+    """Time greedy generate() by model, size, prompt and batch: first token, time a token, memory, share of the floor."""
+    console = table_console()
+    start = time.perf_counter()
+    try:
+        kinds = parse_names(models, "--models", KINDS)
+        chosen = parse_names(sizes, "--sizes", tuple(PYTHIA))
+        peers = parse_names(against, "--against", PEERS) if against else []
+        lengths, rows = parse_numbers(prompts, "--prompts"), parse_numbers(batches, "--batches")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if MAMBA_SSM in peers and not is_installed(MAMBA_SSM):
+        console.print("mamba_ssm is not installed and left out")
+        peers.remove(MAMBA_SSM)
+    bandwidth = copy_bandwidth(device)
+    record = Record(
+        "generate" if device.type == "cuda" else "cpu-generate-peers",
+        settings={"new_tokens": new_tokens, "rounds": rounds, "copy_bytes_per_s": bandwidth},
+        commit=commit,
+    )
+    for size in chosen:
+        for kind in kinds:
+            bench = Bench(kind, size, device, dtype, new_tokens, rounds, layers, console)
+            for name in (OURS, *peers):
+                if time.perf_counter() - start > seconds:
+                    record.rows.append(Row(f"{kind}-{size}", name, {}, _short(dtype), "decode", status="out of time"))
+                    continue
+                deadline = start + seconds
+                record.rows += bench.contender(name, lengths, rows, bandwidth, deadline)
+            # written as it goes: whatever ends the run early loses nothing
+            record.save(output)
+    record.print_rows(console)
+    console.print(f"written to {record.save(output)}", soft_wrap=True)
+
+
+class Bench:
+    """One shape of model: its contenders with the same weights, one after the other on the device."""
+
+    def __init__(
+        self,
+        kind: str,
+        size: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        new_tokens: int,
+        rounds: int,
+        layers: int | None,
+        console: Console,
+    ):
+        self.kind, self.size, self.device, self.dtype = kind, size, device, dtype
+        self.new_tokens, self.rounds, self.console = new_tokens, rounds, console
+        self.shape = dict(SIZES[size][kind]) | ({} if layers is None else {"num_hidden_layers": layers})
+        self.layers = layers
+        self.ours = self._build(lambda: CLASSES[kind].own(CLASSES[kind].own_config(**self.shape)))
+        # the first two logits of ours after each prompt, which the others have to agree with
+        self.expected: dict[tuple[int, int], list[Tensor]] = {}
+
+    def _build(self, make: Callable[[], nn.Module]) -> Any:
+        torch.manual_seed(0)
+        with torch.device(self.device), _default_dtype(self.dtype):
+            return make().eval()
+
+    def contender(
+        self, name: str, lengths: list[int], batches: list[int], bandwidth: float, deadline: float
+    ) -> list[Row]:
+        """The rows of one contender; a failure, such as memory that does not suffice, is a row as well."""
+        label = name if name != OURS else "hf_mamba"
+        self.console.print(f"[dim]{self.kind}-{self.size}, {label}[/]")
+        found: list[Row] = []
+        model = None
+        try:
+            model, run = self._prepare(name)
+            for length in lengths:
+                for batch in batches:
+                    found += self._cells(name, run, length, batch, bandwidth, deadline)
+        except Exception as error:
+            status = f"failed: {type(error).__name__}: {str(error)[:120]}"
+            found.append(Row(f"{self.kind}-{self.size}", name, {}, _short(self.dtype), "decode", status=status))
+        del model
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    def _prepare(self, name: str) -> tuple[Any, Callable[..., Any]]:
+        """The model, and `run(ids, count, logits)`, which generates `count` tokens and returns the logits if wanted."""
+        if name == MAMBA_SSM:
+            return self._mamba_ssm()
+        if name in (OURS, STOCK_LOOP):
+            model = self.ours
+        elif name == NATIVE:
+            model = self._build(lambda: CLASSES[self.kind].native(CLASSES[self.kind].native_config(**self.shape)))
+            model.load_state_dict(self.ours.state_dict())
+        else:
+            shape = PYTHIA[self.size] | ({} if self.layers is None else {"num_hidden_layers": self.layers})
+            config = transformers.GPTNeoXConfig(vocab_size=50304, max_position_embeddings=65536, **shape)
+            model = self._build(lambda: transformers.GPTNeoXForCausalLM(config))
+
+        def run(ids: Tensor, count: int, logits: bool = False) -> list[Tensor]:
+            with _environment("HF_MAMBA_CUDA_GRAPH", "0" if name == STOCK_LOOP else "1"):
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=count,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                    return_dict_in_generate=logits,
+                    output_logits=logits,
+                )
+            return list(out.logits) if logits else []
+
+        return model, run
+
+    def _mamba_ssm(self) -> tuple[Any, Callable[..., Any]]:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+        config = MambaConfig(
+            d_model=self.shape["hidden_size"],
+            n_layer=self.shape["num_hidden_layers"],
+            vocab_size=self.shape["vocab_size"],
+            ssm_cfg={"layer": "Mamba2"} if self.kind == "mamba2" else {},
+            pad_vocab_size_multiple=8,
+            tie_embeddings=bool(self.ours.config.tie_word_embeddings),
+        )
+        model = MambaLMHeadModel(config, device=self.device, dtype=self.dtype)
+        weights = {
+            key.replace("backbone.embeddings.", "backbone.embedding."): value
+            for key, value in self.ours.state_dict().items()
+        }
+        model.load_state_dict(weights)
+        model.eval()
+
+        def run(ids: Tensor, count: int, logits: bool = False) -> list[Tensor]:
+            out = model.generate(
+                input_ids=ids,
+                max_length=ids.shape[1] + count,
+                cg=True,
+                top_k=1,
+                return_dict_in_generate=True,
+                output_scores=logits,
+            )
+            return [score.float() for score in out.scores] if logits else []
+
+        return model, run
+
+    def _cells(
+        self, name: str, run: Callable[..., Any], length: int, batch: int, bandwidth: float, deadline: float
+    ) -> list[Row]:
+        """Prefill and decoding for one prompt length and batch size."""
+        subject, shape = f"{self.kind}-{self.size}", {"B": batch, "L": length}
+        cells = [Row(subject, name, shape, _short(self.dtype), mode) for mode in ("prefill", "decode")]
+        if time.perf_counter() > deadline:
+            for row in cells:
+                row.status = "out of time"
+            return cells
+        generator = torch.Generator().manual_seed(length * 1000 + batch)
+        ids = torch.randint(3, 50000, (batch, length), generator=generator).to(self.device)
+        try:
+            error = self._agreement(name, run, ids)
+            for row in cells:
+                row.error = error
+                if error is not None and error > TOLERANCES[self.dtype]:
+                    row.status = f"refused: logits differ by {error:.1e}"
+            if cells[0].status != "measured":
+                return cells
+            # kernels compiled, graphs captured
+            run(ids, self.new_tokens)
+            cells[1].peak_memory_mib = peak_memory_mib(lambda: run(ids, self.new_tokens), self.device)
+            first, whole = [], []
+            for _ in range(self.rounds):
+                first.append(self._clock(lambda: run(ids, 1)))
+                whole.append(self._clock(lambda: run(ids, self.new_tokens)))
+        except torch.cuda.OutOfMemoryError:
+            for row in cells:
+                row.status = "out of memory"
+            return cells
+        base = statistics.median(first)
+        cells[0].fill_times(Timing(first), tokens=batch * length)
+        cells[1].fill_times(Timing([(time_ms - base) / (self.new_tokens - 1) for time_ms in whole]), tokens=batch)
+        if name != ATTENTION:
+            cells[1].floor_ms = 1000 * self._floor_bytes(batch) / bandwidth
+            cells[1].target_ms = DECODE_TARGETS.get((self.kind, self.size, batch))
+            if length == TARGET_PROMPT and batch == 1:
+                cells[0].target_ms = PREFILL_TARGETS.get((self.kind, self.size))
+        return cells
+
+    def _agreement(self, name: str, run: Callable[..., Any], ids: Tensor) -> float | None:
+        """How far the logits of the first two tokens are from ours; None for ours and for another architecture."""
+        if name == ATTENTION:
+            return None
+        logits = run(ids, 2, logits=True)
+        key = tuple(ids.shape)
+        if name == OURS:
+            self.expected[key] = logits
+            return None
+        # the second token of a batch may differ where two logits are nearly equal
+        return disagreement(logits[:1], self.expected[key][:1])
+
+    def _clock(self, run: Callable[[], Any]) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        run()
+        synchronize(self.device)
+        return 1000 * (time.perf_counter() - start)
+
+    def _floor_bytes(self, batch: int) -> int:
+        model = self.ours
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        if not model.config.tie_word_embeddings:
+            embedding = model.get_input_embeddings().weight
+            weights -= embedding.numel() * embedding.element_size()
+        cache = hf_mamba.RecurrentCache(model.config)
+        with torch.no_grad():
+            model(torch.ones(1, 1, dtype=torch.int64, device=self.device), cache=cache)
+        return weights + 2 * batch * cache.nbytes
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    previous = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = previous
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
