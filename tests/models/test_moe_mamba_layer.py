@@ -325,6 +325,27 @@ def test_no_tokens(backend: str) -> None:
     (out.sum() + logits.sum()).backward()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_compute_in_the_dtype_of_autocast(backend: str) -> None:
+    """fp32 weights, as in mixed-precision training: products in bf16, which torch does not see to for grouped ones."""
+    config = {"hidden_size": 16, "moe_intermediate_size": 24, "moe_gated": True, "moe_bias": True}
+    layer, exact = make_layer(backend, torch.float32, **config), make_layer("eager", **config)
+    x, probe = torch.randn(18, 16), torch.randn(18, 16)
+    _, weights, indices = (value.detach() for value in layer.router(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer.experts(x, indices, weights)
+    (out * probe).sum().backward()
+    expected = exact.experts(x.double(), indices, weights.double())
+    (expected * probe.double()).sum().backward()
+    error = ((out - expected).abs().max() / expected.abs().max()).item()
+    # fp32 products would be a hundred times as close
+    assert 1e-4 < error < 2e-2
+    for (name, parameter), reference in zip(layer.experts.named_parameters(), exact.experts.parameters(), strict=True):
+        assert parameter.grad.dtype == torch.float32
+        difference = (parameter.grad - reference.grad).abs().max() / reference.grad.abs().max()
+        assert difference < 2e-2, (name, difference)
+
+
 @pytest.mark.parametrize("overrides", [{"hidden_size": 6}, {"moe_intermediate_size": 7, "moe_gated": True}])
 def test_grouped_backend_takes_any_width(overrides: dict) -> None:
     """Widths and dtypes that torch's grouped product refuses run one by one instead of raising."""

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from ...cache_names import CACHE_NAMES
 from ..mamba2.configuration_mamba2 import check_ssd_fields
+from ..sharding import FSDP_PLAN
 from ..validation import check_choice, check_common_fields, check_finite, check_positive, plain_errors
 
 __all__ = ["LAYER_KINDS", "MoeMambaConfig"]
@@ -92,6 +93,7 @@ class MoeMambaConfig(PreTrainedConfig):
     model_type = "moe_mamba"
     attribute_map = {"num_local_experts": "num_experts"}
     keys_to_ignore_at_inference = [*CACHE_NAMES, "aux_loss", "z_loss", "router_logits"]
+    base_model_fsdp_plan = FSDP_PLAN
 
     vocab_size: int = 50257
     hidden_size: int = 512

@@ -5,13 +5,14 @@ Symbols: B batch, L length, N tokens = B·L, d model width, E experts, k experts
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.utils import logging
 
 from ...layers.switch import Routing, TopKRouter, within_capacity
@@ -107,13 +108,21 @@ class MoeMambaExperts(StackedExperts):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As in `StackedExperts`, by the implementation that the configuration names, if it can."""
-        if self.config._experts_implementation == "grouped_mm" and not self._grouped_mm_fits():
+        implementation, dtype = self.config._experts_implementation, self.down_proj.dtype
+        device_type = hidden_states.device.type
+        autocast = implementation != "eager" and torch.is_autocast_enabled(device_type)
+        if autocast:
+            dtype = torch.get_autocast_dtype(device_type)
+        if implementation == "grouped_mm" and not self._grouped_mm_fits(dtype):
             return self.run_one_by_one(hidden_states, top_k_index, top_k_weights)
+        if autocast and dtype != self.down_proj.dtype:
+            # torch casts for no grouped product; in fp32 it would take many times as long
+            run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, StackedExperts.run_one_by_one)
+            return run(_Cast(self, dtype), hidden_states.to(dtype), top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
-    def _grouped_mm_fits(self) -> bool:
+    def _grouped_mm_fits(self, dtype: torch.dtype) -> bool:
         """torch's grouped product knows no fp64 and wants rows of whole 16 bytes."""
-        dtype = self.down_proj.dtype
         if dtype == torch.float64:
             return False
         # under tensor parallelism this device holds a part of the width
@@ -125,6 +134,17 @@ class MoeMambaExperts(StackedExperts):
             f"{width} must be multiples of {16 // dtype.itemsize} for grouped matrix products in {dtype}."
         )
         return False
+
+
+class _Cast:
+    """Experts whose weights read as if they were of another dtype."""
+
+    def __init__(self, experts: StackedExperts, dtype: torch.dtype) -> None:
+        self._experts, self._dtype = experts, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, Tensor) else value
 
 
 class MoeMambaMLP(nn.Module):
