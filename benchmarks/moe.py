@@ -196,10 +196,8 @@ def _model_rows(
 
     def measure(kinds: list[str], names: dict[str, str]) -> None:
         torch.manual_seed(0)
-        model = (
-            MoeMambaForCausalLM(MoeMambaConfig(layers_block_type=kinds * blocks, **common)).to(device, dtype).train()
-        )
-        contenders = [_training_step(name, model, backend, ids) for name, backend in names.items()]
+        model = MoeMambaForCausalLM(MoeMambaConfig(layers_block_type=kinds * blocks, **common)).to(device).train()
+        contenders = [_training_step(name, model, backend, ids, dtype) for name, backend in names.items()]
         for outcome in compare(contenders, device, TOLERANCES[dtype], seconds):
             row = Row("model", outcome.name, sizes, str(dtype).removeprefix("torch."), "forward+backward")
             rows.append(row.fill(outcome, tokens=ids.numel()))
@@ -212,11 +210,14 @@ def _model_rows(
     return rows
 
 
-def _training_step(name: str, model: MoeMambaForCausalLM, backend: str, ids: Tensor) -> Contender:
+def _training_step(name: str, model: MoeMambaForCausalLM, backend: str, ids: Tensor, dtype: torch.dtype) -> Contender:
+    """fp32 weights, and autocast for the rest, as the Trainer has it."""
+
     def run() -> Tensor:
         model.set_experts_implementation(backend)
         model.zero_grad(set_to_none=True)
-        loss = model(ids, labels=ids).loss
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(ids, labels=ids).loss
         loss.backward()
         return loss
 

@@ -343,7 +343,7 @@ def test_experts_compute_in_the_dtype_of_autocast(backend: str) -> None:
     for (name, parameter), reference in zip(layer.experts.named_parameters(), exact.experts.parameters(), strict=True):
         assert parameter.grad.dtype == torch.float32
         difference = (parameter.grad - reference.grad).abs().max() / reference.grad.abs().max()
-        assert difference < 2e-2, (name, difference)
+        assert difference < 5e-2, (name, difference)
 
 
 @pytest.mark.parametrize("overrides", [{"hidden_size": 6}, {"moe_intermediate_size": 7, "moe_gated": True}])
