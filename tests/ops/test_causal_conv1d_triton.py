@@ -144,8 +144,9 @@ def run_toy_case(
     if tokens != "none":
         return update_errors(batch=batch, tokens=tokens, channels=channels, activation=activation, **kind)
     module = importlib.import_module(CONV + "triton_conv")
-    module.FORWARD = module.Tuning(tokens=4, channels=16)
-    module.BACKWARD = module.Tuning(tokens=2, channels=16, tiles=2)
+    # the backward takes W - 1 tokens off its rounds
+    module.FORWARD = module.Tuning(channels=16, tokens=2, longest=2)
+    module.BACKWARD = module.Tuning(channels=16, tokens=4, longest=2)
     options: dict[str, Any] = {"activation": activation, "without": without}
     sequences = batch
     if seq_idx is not None:
