@@ -75,7 +75,8 @@ def copy_tokenizer(
 def _load(folder: Path):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # explicitly: otherwise transformers would ask the user whether to run a repository's own code
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if len(tokenizer("a b c")["input_ids"]) == 0:
         # transformers builds an empty tokenizer, without a word, where the vocabulary is missing
         raise ConversionError("it makes no tokens of a text")

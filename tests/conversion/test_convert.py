@@ -265,6 +265,17 @@ class TestTokenizer:
         report = convert(source, tmp_path / "result")
         assert any("tokenizer beside the weights" in warning for warning in report.warnings)
 
+    def test_code_of_its_own_is_not_run_and_nobody_is_asked(
+        self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked whether to run code"))
+        settings = {"tokenizer_class": "Other", "auto_map": {"AutoTokenizer": ["other.Other", None]}}
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+        (source / "other.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+        report = convert(source, tmp_path / "result")
+        assert any("trust_remote_code" in warning or "cannot be used" in warning for warning in report.warnings)
+        assert not (tmp_path / "executed").exists() and not (tmp_path / "result" / "other.py").exists()
+
     def test_a_folder_without_one_is_refused(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         with pytest.raises(ConversionError, match="no tokenizer files"):

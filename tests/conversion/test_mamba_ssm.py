@@ -262,6 +262,24 @@ def test_the_old_embedding_key_of_native_folders_is_read(tmp_path: Path) -> None
     assert "backbone.embeddings.weight" in load_file(tmp_path / "result" / "model.safetensors")
 
 
+def test_code_that_a_native_folder_names_is_left_behind(tmp_path: Path) -> None:
+    source = make_native_folder("mamba", tmp_path / "source")
+    file = source / "config.json"
+    changes = {"auto_map": {"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    report = convert(source, tmp_path / "result")
+    assert "auto_map" not in json.loads((tmp_path / "result" / "config.json").read_text())
+    assert any("auto_map" in note for note in report.notes)
+
+
+def test_a_quantized_folder_is_refused(tmp_path: Path) -> None:
+    source = make_native_folder("mamba", tmp_path / "source")
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"load_in_8bit": True}}))
+    with pytest.raises(ConversionError, match="is quantized"):
+        convert(source, tmp_path / "result")
+
+
 def make_codestral(folder: Path) -> Path:
     config = mamba_ssm_config(
         "Mamba2",

@@ -63,8 +63,18 @@ class HuggingFaceFormat(Format):
             "mamba2": hf_mamba.Mamba2Config,
             "falcon_mamba": hf_mamba.FalconMambaConfig,
         }
-        config_count(source.config, "num_hidden_layers", default=DEFAULTS[model_type]["num_hidden_layers"])
-        config: Any = make_config(classes[model_type].from_dict, source.config)
+        if source.config.get("quantization_config"):
+            raise ConversionError(
+                f"{source.location} is quantized (`quantization_config` in config.json); convert the original, and quantize the "
+                "result when it is loaded."
+            )
+        notes = []
+        # its code does not come along, and transformers' users would be asked whether to run it
+        given = {key: value for key, value in source.config.items() if key != "auto_map"}
+        if len(given) < len(source.config):
+            notes.append("`auto_map` of config.json was left out: the result needs no code of its own.")
+        config_count(given, "num_hidden_layers", default=DEFAULTS[model_type]["num_hidden_layers"])
+        config: Any = make_config(classes[model_type].from_dict, given)
         # an instruction for initialising: transformers' classes would redraw weights that they load
         config.rescale_prenorm_residual = False
         V, d = config.vocab_size, config.hidden_size
@@ -81,7 +91,7 @@ class HuggingFaceFormat(Format):
             rules.append(copy_rule(HEAD, HEAD, (V, d)))
         elif HEAD in source:
             derivable[HEAD] = embedding
-        return ConversionPlan(config=config, rules=rules, derivable=derivable)
+        return ConversionPlan(config=config, rules=rules, derivable=derivable, notes=notes)
 
     def reference_logits(self, source: "CheckpointSource", plan: ConversionPlan, input_ids: Tensor) -> Tensor:
         assert source.config is not None
