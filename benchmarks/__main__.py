@@ -9,6 +9,7 @@ from benchmarks.generate import generate
 from benchmarks.moe import moe
 from benchmarks.ops import ops
 from benchmarks.plot import plot
+from benchmarks.projections import projections
 
 app = typer.Typer(
     help="Side-by-side measurements of hf_mamba and its peers; slower cells are shown too.",
@@ -23,6 +24,7 @@ app.command("cpu-generate", epilog="Example: python -m benchmarks cpu-generate -
 app.command("generate", epilog="Example: python -m benchmarks generate --sizes 2.8b --batches 1,64")(generate)
 app.command("moe", epilog="Example: python -m benchmarks moe --experts 32 --blocks 0")(moe)
 app.command("ops", epilog="Example: python -m benchmarks ops --op selective_scan --against mamba_ssm,eager")(ops)
+app.command("projections", epilog="Example: python -m benchmarks projections --batches 1")(projections)
 app.command("plot", epilog="Example: python -m benchmarks plot benchmarks/results/ops-nvidia-h100.json")(plot)
 
 if __name__ == "__main__":

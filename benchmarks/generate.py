@@ -7,6 +7,7 @@ read every weight once and every state twice (read and written) at the speed of 
 
 import contextlib
 import gc
+import itertools
 import os
 import statistics
 import time
@@ -18,12 +19,13 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 import hf_mamba
 from benchmarks.contenders import CLASSES, KINDS, SIZES, parse_names, parse_numbers
 from benchmarks.op_contenders import is_installed
-from benchmarks.record import Record, Row, table_console
+from benchmarks.record import Record, Row, format_number, table_console
 from benchmarks.timing import Timing, copy_bandwidth, disagreement, peak_memory_mib, synchronize
 
 __all__ = ["generate"]
@@ -98,8 +100,44 @@ def generate(
                 record.rows += bench.contender(name, lengths, rows, bandwidth, deadline)
             # written as it goes: whatever ends the run early loses nothing
             record.save(output)
-    record.print_rows(console)
+    print_table(console, record)
     console.print(f"written to {record.save(output)}", soft_wrap=True)
+
+
+def print_table(console: Console, record: Record) -> None:
+    """A line for each contender, prompt and batch; one table a model."""
+    for subject, rows in itertools.groupby(record.rows, lambda row: row.subject):
+        table = Table(title=subject, title_justify="left")
+        for name in ("prompt", "batch", "contender"):
+            table.add_column(name, no_wrap=True)
+        for name in ("first token ms", "target", "ms a token", "target", "of floor", "tokens/s", "MiB", "error"):
+            table.add_column(name, justify="right")
+        table.add_column("note")
+        lines: dict[tuple, dict[str, Row]] = {}
+        for row in rows:
+            key = (row.shape.get("L", 0), row.shape.get("B", 0), row.contender)
+            lines.setdefault(key, {})[row.mode] = row
+        for (length, batch, contender), cells in sorted(lines.items(), key=lambda item: item[0][:2]):
+            decode = cells["decode"]
+            prefill = cells.get("prefill", decode)
+            share = "-"
+            if decode.floor_ms is not None and decode.p50_ms:
+                share = f"{decode.floor_ms / decode.p50_ms:.0%}"
+            table.add_row(
+                str(length),
+                str(batch),
+                contender,
+                format_number(prefill.p50_ms if prefill is not decode else None),
+                format_number(prefill.target_ms),
+                format_number(decode.p50_ms),
+                format_number(decode.target_ms),
+                share,
+                format_number(decode.tokens_per_s),
+                format_number(decode.peak_memory_mib),
+                "-" if decode.error is None else f"{decode.error:.0e}",
+                "" if decode.status == "measured" else decode.status,
+            )
+        console.print(table)
 
 
 class Bench:
@@ -122,7 +160,7 @@ class Bench:
         self.layers = layers
         self.ours = self._build(lambda: CLASSES[kind].own(CLASSES[kind].own_config(**self.shape)))
         # the first two logits of ours after each prompt, which the others have to agree with
-        self.expected: dict[tuple[int, int], list[Tensor]] = {}
+        self.expected: dict[tuple[int, ...], list[Tensor]] = {}
 
     def _build(self, make: Callable[[], nn.Module]) -> Any:
         torch.manual_seed(0)
@@ -133,8 +171,7 @@ class Bench:
         self, name: str, lengths: list[int], batches: list[int], bandwidth: float, deadline: float
     ) -> list[Row]:
         """The rows of one contender; a failure, such as memory that does not suffice, is a row as well."""
-        label = name if name != OURS else "hf_mamba"
-        self.console.print(f"[dim]{self.kind}-{self.size}, {label}[/]")
+        self.console.print(f"[dim]{self.kind}-{self.size}, {name}[/]")
         found: list[Row] = []
         model = None
         try:
@@ -250,6 +287,8 @@ class Bench:
         cells[1].fill_times(Timing([(time_ms - base) / (self.new_tokens - 1) for time_ms in whole]), tokens=batch)
         if name != ATTENTION:
             cells[1].floor_ms = 1000 * self._floor_bytes(batch) / bandwidth
+            if self.device.type != "cuda":
+                return cells
             cells[1].target_ms = DECODE_TARGETS.get((self.kind, self.size, batch))
             if length == TARGET_PROMPT and batch == 1:
                 cells[0].target_ms = PREFILL_TARGETS.get((self.kind, self.size))

@@ -23,6 +23,10 @@ __all__ = ["RecurrentGenerationMixin"]
 # a recurrent cache has a constant size, so these two ask for nothing that it does not do already
 OWN_CACHE = (None, "dynamic")
 
+# tokens of a batch that are read at once: what a prompt needs besides its ids is then bounded, 2 to 4 GB for 2.8 B parameters in
+# half precision, whatever its length
+MAX_PREFILL_TOKENS = 2**15
+
 # in the arguments of a generate() that hands out its cache: the end tokens and the length of the prompt
 ENDS = "_ends_of_rows"
 
@@ -141,7 +145,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any],
         is_first_iteration: bool = True,
     ) -> Any:
-        """Feed what the cache has not seen of the prompt, in pieces of `prefill_chunk_size`.
+        """Feed what the cache has not seen of the prompt, in pieces of `prefill_chunk_size`, or of what memory is planned for.
 
         Returns:
             The output for the last piece, with the hidden states of all.
@@ -166,7 +170,10 @@ class RecurrentGenerationMixin(GenerationMixin):
             raise ValueError(
                 "`prefill_chunk_size` needs a cache to carry the states from piece to piece; drop `use_cache=False`."
             )
-        borders = [*range(0, prompt.length, generation_config.prefill_chunk_size or prompt.length), prompt.length]
+        chunk = generation_config.prefill_chunk_size
+        if chunk is None:
+            chunk = prompt.length if cache is None else max(1, MAX_PREFILL_TOKENS // max(1, len(input_ids)))
+        borders = [*range(0, prompt.length, chunk), prompt.length]
         if generation_config.is_assistant and prompt.length > MAX_REPLAY:
             # the last token may be taken back: a snapshot in front of it saves reading the whole prompt again
             borders = sorted({*borders, prompt.length - 1})
@@ -302,7 +309,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         mask = prompt.attention_mask
         # the loop goes on from the last column: with right padding it has to be given the whole prompt
         if count > 0 and (mask is None or bool(mask[0, -1])):
-            chunk = generation_config.prefill_chunk_size or count
+            chunk = generation_config.prefill_chunk_size or MAX_PREFILL_TOKENS
             self._feed(prompt.columns(0, count).left_padded(), [*range(0, count, chunk), count], model_kwargs)
 
 

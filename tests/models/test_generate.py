@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_mamba import RecurrentCache
+from hf_mamba.generation import mixin
 
 from .builders import ALL_MODELS, NATIVE_MODELS, make_native, random_ids
 from .oracles import GREEDY, TOLERANCE, assert_continues, greedy_loop, make_talker, padded
@@ -282,3 +283,16 @@ def test_a_used_stock_cache_needs_a_mask_that_tells_what_is_new() -> None:
         model.generate(whole, cache_params=cache, attention_mask=torch.ones_like(whole), max_new_tokens=2)
     mask = torch.ones_like(whole)
     assert_continues(model, list(whole), whole[:, 9:], 4, attention_mask=mask, cache_params=cache)
+
+
+@ALL_MODELS
+def test_a_long_prompt_is_read_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without being asked, so that the memory it takes is bounded."""
+    model = make_talker(kind)
+    lengths: list[int] = []
+    model.backbone.embeddings.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr(mixin, "MAX_PREFILL_TOKENS", 8)
+    ids = random_ids(2, 9)
+    assert_continues(model, list(ids), ids, STEPS)
+    # of 8 tokens, which are 4 columns of 2 rows
+    assert lengths[:4] == [4, 4, 1, 1]
