@@ -1,17 +1,21 @@
 """The language-model head, and what all heads share. Symbols: B batch, L length, d model width, V vocabulary."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..generation.mixin import RecurrentGenerationMixin
+from ..layers.loss import chunked_cross_entropy
 from ..layers.projection import project
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
 from .inputs import check_labels, same_lengths, select_cache
 from .outputs import RecurrentCausalLMOutput
 from .recurrent import RecurrentModel, RecurrentPreTrainedModel
+from .sharding import HEAD_FSDP_PLAN
 
 __all__ = ["RecurrentForCausalLM", "WithBackbone"]
 
@@ -38,8 +42,15 @@ class WithBackbone(RecurrentPreTrainedModel):
 
 
 class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
-    """A language model: backbone and a linear head, tied to the embedding if `tie_word_embeddings`."""
+    """A language model: backbone and a linear head, tied to the embedding if `tie_word_embeddings`.
 
+    Attributes:
+        skip_logits: in training with labels, compute the loss a part of the tokens at a time and return no logits. Off by
+            default; set it on a model that goes to a Trainer.
+    """
+
+    skip_logits = False
+    _fsdp_plan = HEAD_FSDP_PLAN
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     output_class: type = RecurrentCausalLMOutput
 
@@ -68,6 +79,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> tuple | RecurrentCausalLMOutput:
         """Predict the next token at each position.
@@ -76,6 +88,8 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
             labels: (B, L) integer, shifted inside; -100 is ignored. A token that follows padding or another packed
                 sequence is never a target, since there is nothing to predict it from.
             logits_to_keep: number of last positions to compute logits for, 0 = all; or a 1-D tensor of positions.
+            skip_logits: compute the loss without the logits of all tokens ever existing, and return none; needs labels. By
+                default what `self.skip_logits` says, in training with labels.
             **kwargs: `num_items_in_batch`, `ignore_index` and `shift_labels` (B, L), which replaces `labels` and is taken
                 as it is, go to the loss; anything unknown is refused.
 
@@ -99,25 +113,59 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
             return_dict=True,
             **kwargs,
         )
-        hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
-        logits = project(self.lm_head, hidden_states).float()
-        loss = None
-        targets = None
         shift_labels = loss_kwargs.pop("shift_labels", None)
-        if labels is not None or shift_labels is not None:
-            shape, advice = tuple(logits.shape[:2]), "; with labels leave `logits_to_keep` at 0"
+        has_labels = labels is not None or shift_labels is not None
+        if skip_logits is None:
+            skip_logits = self.skip_logits and self.training and has_labels
+        if skip_logits and not has_labels:
+            raise ValueError("`skip_logits` leaves the loss alone to return, which needs `labels`.")
+        hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)
+        logits = None if skip_logits else project(self.lm_head, hidden_states).float()
+        loss = None
+        if has_labels:
+            shape, advice = tuple(hidden_states.shape[:2]), "; with labels leave `logits_to_keep` at 0"
+            targets = None
             if shift_labels is not None:
                 loss_kwargs["shift_labels"] = check_labels(shift_labels, shape, advice, name="shift_labels")
             if labels is not None:
                 labels = check_labels(labels, shape, advice)
                 cu_seqlens = same_lengths(cu_seq_lens_q, cu_seq_lens_k)
                 targets = _without_first_tokens(labels, attention_mask, position_ids, seq_idx, cu_seqlens)
-            loss = self.loss_function(logits=logits, labels=targets, vocab_size=self.config.vocab_size, **loss_kwargs)
+            if logits is None:
+                loss = self._loss_without_logits(hidden_states, targets, **loss_kwargs)
+            else:
+                loss = self.loss_function(
+                    logits=logits, labels=targets, vocab_size=self.config.vocab_size, **loss_kwargs
+                )
             loss = self.total_loss(loss, outputs, labels, loss_kwargs)
         output = self.make_output(outputs, loss, logits)
         return output if return_dict else output.to_tuple()
 
-    def make_output(self, outputs: Any, loss: Tensor | None, logits: Tensor) -> Any:
+    def _loss_without_logits(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """What `ForCausalLMLoss` of transformers computes from logits, from the backbone's output (B, L, d)."""
+        if self.loss_function is not ForCausalLMLoss:
+            raise ValueError(
+                "`skip_logits` computes the cross-entropy of the next token, but the model has another `loss_function`; "
+                "leave it at False."
+            )
+        if shift_labels is None:
+            shift_labels = F.pad(cast(Tensor, labels)[:, 1:], (0, 1), value=ignore_index)
+        return chunked_cross_entropy(
+            self.lm_head,
+            hidden_states,
+            shift_labels,
+            num_items=num_items_in_batch,
+            ignore_index=ignore_index,
+        )
+
+    def make_output(self, outputs: Any, loss: Tensor | None, logits: Tensor | None) -> Any:
         """Assemble the output."""
         return self.output_class(
             loss=loss,

@@ -59,7 +59,7 @@ class RecurrentCausalLMOutput(CachedOutput):
     """
     Attributes:
         loss: (), mean cross-entropy of the next token, if labels were given.
-        logits: (B, L, V) fp32, or only the positions of `logits_to_keep`.
+        logits: (B, L, V) fp32, or only the positions of `logits_to_keep`; none with `skip_logits`.
         cache, hidden_states: as in `RecurrentModelOutput`.
     """
 

@@ -3,6 +3,7 @@
 import transformers
 
 from ...cache_names import CACHE_NAMES
+from ..sharding import FSDP_PLAN
 from ..validation import check_choice, check_common_fields, check_finite, check_positive, plain_errors
 
 __all__ = ["FalconMambaConfig"]
@@ -27,6 +28,7 @@ class FalconMambaConfig(transformers.FalconMambaConfig):
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
     keys_to_ignore_at_inference = [*CACHE_NAMES]
+    base_model_fsdp_plan = FSDP_PLAN
 
     def __post_init__(self, **kwargs):
         # transformers builds a list of this length

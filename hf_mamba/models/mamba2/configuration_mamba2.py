@@ -3,6 +3,7 @@
 import transformers
 
 from ...cache_names import CACHE_NAMES
+from ..sharding import FSDP_PLAN
 from ..validation import check_common_fields, check_positive, plain_errors
 
 __all__ = ["Mamba2Config", "check_ssd_fields"]
@@ -30,6 +31,7 @@ class Mamba2Config(transformers.Mamba2Config):
     initializer_range: float = 0.02
     rescale_prenorm_residual: bool = True
     keys_to_ignore_at_inference = [*CACHE_NAMES]
+    base_model_fsdp_plan = FSDP_PLAN
 
     def __post_init__(self, **kwargs):
         # transformers builds a list of this length

@@ -1,0 +1,74 @@
+"""Two processes on the CPU train as one does, in DDP and in FSDP2, and what they save loads on one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from hf_mamba.models.sharding import HEAD_FSDP_PLAN
+
+from .models.builders import ALL_MODELS, make_model, random_ids
+from .training_worker import KINDS, STEPS
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder that two processes have left."""
+    folder = tmp_path_factory.mktemp("distributed")
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training_worker", str(rank), str(folder)],
+            cwd=root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_have_the_losses_of_one(trained: Path, kind: str, strategy: str) -> None:
+    losses = json.loads((trained / "losses.json").read_text())[kind]
+    alone, together = torch.tensor(losses["alone"]), torch.tensor(losses[strategy])
+    assert len(alone) == STEPS
+    assert (together - alone).abs().max() <= 1e-5 * alone.max()
+    assert alone[-5:].mean() < alone[:5].mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_two_processes_saved_loads_on_one(trained: Path, kind: str) -> None:
+    first, second = (AutoModelForCausalLM.from_pretrained(trained / f"{name}-{kind}") for name in ("ddp", "fsdp2"))
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        logits = first(ids).logits
+        assert (logits - second(ids).logits).abs().max() <= 1e-4
+        assert (logits - make_model(kind)(ids).logits).abs().max() > 0.01
+
+
+@ALL_MODELS
+def test_classes_declare_how_they_are_split(kind: str) -> None:
+    """What accelerate wraps and places as a unit, and what transformers' own FSDP shards."""
+    model = make_model(kind)
+    blocks = {type(layer).__name__ for layer in model.backbone.layers}
+    assert set(model._no_split_modules) == blocks == set(model.backbone._no_split_modules)
+    names = {re.sub(r"\d+", "*", name) for name, _ in model.named_modules()}
+    assert {f"backbone.{name}" for name in model.config.base_model_fsdp_plan} | set(HEAD_FSDP_PLAN) <= names
