@@ -7,6 +7,7 @@ read every weight once and every state twice (read and written) at the speed of 
 
 import contextlib
 import gc
+import importlib
 import itertools
 import os
 import statistics
@@ -219,10 +220,7 @@ class Bench:
         return model, run
 
     def _mamba_ssm(self) -> tuple[Any, Callable[..., Any]]:
-        from mamba_ssm.models.config_mamba import MambaConfig
-        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-        config = MambaConfig(
+        config = importlib.import_module("mamba_ssm.models.config_mamba").MambaConfig(
             d_model=self.shape["hidden_size"],
             n_layer=self.shape["num_hidden_layers"],
             vocab_size=self.shape["vocab_size"],
@@ -230,7 +228,8 @@ class Bench:
             pad_vocab_size_multiple=8,
             tie_embeddings=bool(self.ours.config.tie_word_embeddings),
         )
-        model = MambaLMHeadModel(config, device=self.device, dtype=self.dtype)
+        classes = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
+        model = classes.MambaLMHeadModel(config, device=self.device, dtype=self.dtype)
         weights = {
             key.replace("backbone.embeddings.", "backbone.embedding."): value
             for key, value in self.ours.state_dict().items()

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mamba_kernels import fused_linear, mamba2_step, mamba_step
-from mamba_kernels.dispatch import select
+from mamba_kernels.dispatch import MOST_ROWS, select
 
 from ..cache import read_states
 from .convolution import CausalConv1d
 from .linear import is_plain_linear
 from .norms import GatedRMSNorm, RMSNorm
-from .projection import MAX_GPU_ROWS
 from .selective_scan import SelectiveScanMixer, can_step
 from .ssd import SSDMixer
 
@@ -38,7 +37,7 @@ def fused_step(
         cache: the states, updated in place.
         seq_idx: anything but None means that this is no plain step.
     """
-    if residual.shape[0] > MAX_GPU_ROWS or not can_step(residual, seq_idx) or torch.compiler.is_compiling():
+    if residual.shape[0] > MOST_ROWS or not can_step(residual, seq_idx) or torch.compiler.is_compiling():
         return None
     if select("fused_linear", residual.device) != "triton":
         return None

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mamba_kernels import fused_linear
-from mamba_kernels.dispatch import select
+from mamba_kernels.dispatch import MOST_ROWS, select
 
 from .linear import is_plain_linear
 
-__all__ = ["MAX_GPU_ROWS", "project"]
-
-# on a GPU, more rows are as fast through the library (docs/performance.md)
-MAX_GPU_ROWS = 8
+__all__ = ["project"]
 
 # parts of the weight; divides the widths of the published models and their padded vocabularies
 PARTS = 8
@@ -42,7 +39,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         # a quantised or distributed weight is of another type
         known = type(weight) is nn.Parameter and weight.dtype == x.dtype and weight.device == x.device
-        if not known or not 0 < rows <= MAX_GPU_ROWS or torch.is_autocast_enabled(x.device.type):
+        if not known or not 0 < rows <= MOST_ROWS or torch.is_autocast_enabled(x.device.type):
             return linear(x)
         if select("fused_linear", x.device) != "triton":
             return linear(x)

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_mamba import RecurrentCache
-from hf_mamba.layers import fused_step, projection
+from hf_mamba.layers import fused_step
+from mamba_kernels.dispatch import MOST_ROWS
 
 from .builders import make_model, random_ids
 from .oracles import TOLERANCE
@@ -68,10 +69,10 @@ def test_limits_of_the_time_step(device: torch.device, taken: list[str]) -> None
 
 def test_only_a_few_rows(device: torch.device, taken: list[str]) -> None:
     model = make_model("mamba").to(device)
-    assert_steps_equal_the_sequence(model, device, batch=projection.MAX_GPU_ROWS)
+    assert_steps_equal_the_sequence(model, device, batch=MOST_ROWS)
     assert taken
     taken.clear()
-    assert_steps_equal_the_sequence(model, device, batch=projection.MAX_GPU_ROWS + 1)
+    assert_steps_equal_the_sequence(model, device, batch=MOST_ROWS + 1)
     assert not taken
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "OPS", "backend", "forced_backend", "left_to_eager", "on_device", "select", "warn_once"]
+__all__ = ["BACKENDS", "MOST_ROWS", "OPS", "backend", "forced_backend", "left_to_eager", "on_device", "select", "warn_once"]
 
 BACKENDS = ("triton", "eager", "reference")
 
@@ -26,6 +26,8 @@ OLDEST_CAPABILITY = (7, 5)
 LARGEST_STATE = 256
 # most taps of a convolution that they take; published models have 4
 LARGEST_WIDTH = 8
+# most rows that a projection of a decoding step takes; with more, the partial sums leave the registers
+MOST_ROWS = 4
 
 # every op and whether it has a Triton implementation yet; `hf-mamba env` prints this table
 OPS: dict[str, bool] = {

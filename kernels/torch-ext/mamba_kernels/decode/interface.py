@@ -73,7 +73,7 @@ def fused_linear(
 ) -> Tensor:
     """`residual + weight @ norm(x) + bias` for a few rows in one launch: a projection of a decoding step.
 
-    On a GPU and for up to 8 rows it takes the time of reading the weight. The norm is RMSNorm (Zhang and Sennrich,
+    On a GPU and for up to 4 rows it takes the time of reading the weight. The norm is RMSNorm (Zhang and Sennrich,
     arXiv 1910.07467), or Mamba-2's gated one over groups of channels where `z` is given (arXiv 2405.21060, section 7.1).
     Sums are in fp32 and nothing in between is rounded. No gradients.
 

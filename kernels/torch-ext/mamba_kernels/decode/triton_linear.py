@@ -19,13 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import left_to_eager
+from ..dispatch import MOST_ROWS, left_to_eager
 from .eager import fused_linear_eager
 
-__all__ = ["MAX_ROWS", "Tuning", "fused_linear_triton"]
-
-# beyond, tensor cores are faster
-MAX_ROWS = 8
+__all__ = ["Tuning", "choose", "fused_linear_triton"]
 
 
 class Tuning(NamedTuple):
@@ -38,7 +35,7 @@ class Tuning(NamedTuple):
 
 # by the rows of x: the partial sums of all of them are in registers. 1024 columns are 8 for each of 128 threads, 16 bytes of a
 # weight in half precision, and every row of the weight lies in all threads alike: anything else moves x between threads
-TUNING = {1: Tuning(4, 1024, 4), 2: Tuning(4, 1024, 4), 4: Tuning(2, 1024, 4), 8: Tuning(1, 1024, 4)}
+TUNING = {1: Tuning(4, 1024, 4), 2: Tuning(2, 1024, 4), 4: Tuning(1, 1024, 4)}
 # a grid of fewer programs than this leaves multiprocessors idle
 FEWEST_PROGRAMS = 264
 
@@ -153,9 +150,9 @@ def fused_linear_triton(
     rows, inputs = x.shape
     outputs = weight.shape[0]
     group = inputs if group_size is None else group_size
-    tuning = choose(min(max(rows, 1), MAX_ROWS), inputs, outputs, group) if inputs else None
+    tuning = choose(min(max(rows, 1), MOST_ROWS), inputs, outputs, group) if inputs else None
     splits_badly = tuning is None or (group < inputs and group % tuning.inputs != 0)
-    if rows > MAX_ROWS or outputs == 0 or splits_badly or left_to_eager(x, weight, bias, norm_weight, z, residual):
+    if rows > MOST_ROWS or outputs == 0 or splits_badly or left_to_eager(x, weight, bias, norm_weight, z, residual):
         return fused_linear_eager(
             x,
             weight,
