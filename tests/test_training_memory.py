@@ -187,16 +187,6 @@ def test_checkpointing_saves_one_input_for_each_block(kind: str, reentrant: bool
     assert [shape for shape in added if kind != "moe_mamba" or shape[-1] == 32] == [(2, 16, 32)] * 4
 
 
-@ALL_MODELS
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-def test_checkpointing_changes_no_gradient(kind: str, reentrant: bool) -> None:
-    model = make_model(kind).train()
-    inputs = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
-    expected = step(model, **inputs)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert_same_step(step(model, **inputs, skip_logits=True), expected)
-
-
 @pytest.mark.parametrize("kind", ["mamba", "moe_mamba"])
 def test_checkpointing_of_a_frozen_model_with_an_adapter(kind: str) -> None:
     model = make_model(kind)
