@@ -43,14 +43,12 @@ class GraphLoop:
     """What is known of a call of `generate()` before its prompt is read.
 
     Attributes:
-        mark: fingerprint of the model.
         sampler_key: what the sampler's graph depends on besides the model.
         max_length: tokens at which to stop, prompt included.
         host_criteria: stopping criteria to be asked after each step.
     """
 
     model: Any
-    mark: Any
     sampler_key: tuple
     logits_processors: list[Any]
     generation_config: Any
@@ -108,9 +106,13 @@ class GraphLoop:
 
     def _prepare(self, input_ids: Tensor, cache: RecurrentCache) -> tuple[graphs.DecodeStep, TokenSampler, Any] | None:
         """The step, locked for this call, and the sampler with its graph; None if they cannot be had."""
+        # takes milliseconds, in which the GPU still reads the prompt
+        mark = graphs.fingerprint(self.model)
+        if mark is None:
+            return None
         capacity = max(SMALLEST_CAPACITY, 1 << (self.max_length - 1).bit_length())
         with graphs.CAPTURING:
-            store = graphs.graphs_of(self.model, self.mark)
+            store = graphs.graphs_of(self.model, mark)
             if not store.has_step(cache) and self.max_length - input_ids.shape[1] < WORTH_CAPTURING:
                 return None
             step = _attempt(store, graphs.step_key(cache), lambda: store.step(self.model, cache))
@@ -182,7 +184,7 @@ class _Progress:
         batch, device = self.sampler.finished.shape[0], self.sampler.ids.device
         pinned = device.type == "cuda"
         self.free = [
-            (torch.zeros(2, batch, dtype=torch.int64, pin_memory=pinned), torch.Event(device) if pinned else None)
+            (torch.zeros(2, batch, dtype=torch.int64, pin_memory=pinned), torch.cuda.Event() if pinned else None)
             for _ in range(self.run_ahead + 1)
         ]
 
@@ -289,13 +291,9 @@ def plan(
             host_criteria.append(criterion)
     if max_length is None:
         return None
-    mark = graphs.fingerprint(model)
-    if mark is None:
-        return None
     pad = generation_config._pad_token_tensor
     return GraphLoop(
         model=model,
-        mark=mark,
         sampler_key=(
             tuple(keys),
             bool(generation_config.do_sample),

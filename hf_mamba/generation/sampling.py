@@ -132,7 +132,7 @@ class TokenSampler:
             chosen = scores.argmax(dim=-1)
         if self.eos is not None:
             chosen = torch.where(self.finished, self.pad_token_id, chosen)
-            self.finished.logical_or_(torch.isin(chosen, self.eos))
+            self.finished.logical_or_((chosen[:, None] == self.eos).any(dim=1))
         self.ids.index_copy_(1, self.length, chosen[:, None])
         self.length.add_(1)
         self.next_ids.copy_(chosen[:, None])
