@@ -35,7 +35,7 @@ __all__ = ["moe"]
 MODES = ("forward", "forward+backward", "one token")
 FLOOR, DENSE = "products alone (floor)", "dense, same active width"
 # largest difference relative to the largest value; the peers round their router's logits to the dtype
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 # batched_mm copies the experts' matrices for every token
 GATHER_LIMIT_GIB = 8.0
 
