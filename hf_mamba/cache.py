@@ -6,7 +6,7 @@ the newest snapshot that is early enough, and the tokens between the snapshot an
 seen and are fed again at the front of the next forward. This makes chunked prefill, multi-turn reuse, prompt-lookup and
 assisted decoding exact.
 
-Symbols: B batch, D convolution channels, W convolution width.
+Symbols: B batch, L length, D convolution channels, W convolution width.
 """
 
 import os
@@ -16,98 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from .cache_files import load_states, save_states
+from .cache_layer import RecurrentLayer, held_states, write_states
 
-__all__ = ["RecurrentCache", "RecurrentLayer", "name_of_cache", "read_states", "write_states"]
+__all__ = ["MAX_REPLAY", "ONE_NAME", "RecurrentCache", "name_of_cache"]
 
 # since 5.24, transformers has one name for a cache, and finds outputs' caches by the old two
 ONE_NAME = hasattr(ModelOutput, "cache_params")
 
 # replaying more tokens than this costs more than one extra forward that moves the states up to them
 MAX_REPLAY = 16
-
-
-class RecurrentLayer(LinearAttentionLayer):
-    """The convolution state (B, D, W - 1) and the SSM state of one layer."""
-
-    def _map_states(self, select) -> None:
-        for states in (self.conv_states, self.recurrent_states):
-            for index, state in states.items():
-                if state is not None:
-                    selected = select(state)
-                    # keep the storage where possible: a captured graph reads it by address
-                    states[index] = state.copy_(selected) if selected.shape == state.shape else selected
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx` (B,) of every state."""
-        self._map_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` of every state (integers or a bool mask)."""
-        self._map_states(lambda state: state[indices.to(state.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times."""
-        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
-
-    def leave_inference_mode(self) -> None:
-        """Replace states made under `torch.inference_mode()`, which may not be changed in place outside it."""
-        for states in (self.conv_states, self.recurrent_states):
-            for index, state in states.items():
-                if state is not None and state.is_inference():
-                    states[index] = state.clone()
-
-    def snapshot(self) -> tuple[Tensor, Tensor | None] | None:
-        """A copy of the states, or None before the first forward."""
-        if not self.has_previous_state[0]:
-            return None
-        conv_state, ssm_state = self.conv_states[0], self.recurrent_states[0]
-        return conv_state.clone(), None if ssm_state is None else ssm_state.clone()
-
-    def restore(self, snapshot: tuple[Tensor, Tensor | None] | None) -> None:
-        """Copy the states of `snapshot` back in place."""
-        if snapshot is None:
-            self.reset()
-            return
-        conv_state, ssm_state = snapshot
-        self.conv_states[0].copy_(conv_state)
-        if ssm_state is not None:
-            self.recurrent_states[0].copy_(ssm_state)
-        self.has_previous_state[0] = True
-
-
-def read_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
-    """The convolution state (B, D, ≥ W - 1) and the SSM state of a layer; (None, None) before the first token."""
-    if cache is None:
-        return None, None
-    layer = cache.layers[layer_idx]
-    if not layer.has_previous_state[0]:
-        return None, None
-    conv_state, ssm_state = layer.conv_states[0], layer.recurrent_states[0]
-    if torch.is_grad_enabled():
-        # the buffers are overwritten after this forward, while its backward still needs what was in them
-        return conv_state.clone(), ssm_state.clone()
-    return conv_state, ssm_state
-
-
-def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Tensor) -> None:
-    """Store the states of a layer in place, detached; works on any transformers cache made of linear-attention layers."""
-    layer = cache.layers[layer_idx]
-    conv_state, ssm_state = conv_state.detach(), ssm_state.detach()
-    # after reset() the next batch may have another size
-    if not layer.is_conv_states_initialized[0] or len(layer.conv_states[0]) != len(conv_state):
-        layer.lazy_initialization(conv_states=conv_state)
-    if not layer.is_recurrent_states_initialized[0] or len(layer.recurrent_states[0]) != len(ssm_state):
-        layer.lazy_initialization(recurrent_states=ssm_state)
-    width = conv_state.shape[-1]
-    buffer = layer.conv_states[0]
-    # a cache that a native class filled keeps W columns; the oldest of them is never read
-    buffer[..., buffer.shape[-1] - width :].copy_(conv_state)
-    layer.recurrent_states[0].copy_(ssm_state)
-    layer.has_previous_state[0] = True
 
 
 @dataclass
@@ -330,7 +251,7 @@ class RecurrentCache(DynamicCache):
 
     def states(self) -> list[tuple[Tensor, Tensor]]:
         """The convolution state (B, D, ≥ W - 1) and the SSM state of every layer that has them, not copied."""
-        return [pair for pair in map(_held, self.layers) if pair is not None]
+        return [pair for pair in map(held_states, self.layers) if pair is not None]
 
     def copy_from(self, other: "RecurrentCache") -> None:
         """Take over states and token count of `other`, in place where this cache has states of the same shapes already.
@@ -346,7 +267,7 @@ class RecurrentCache(DynamicCache):
             if targets:
                 torch._foreach_copy_(targets, sources)
         else:
-            for index, pair in enumerate(map(_held, other.layers)):
+            for index, pair in enumerate(map(held_states, other.layers)):
                 if pair is not None:
                     write_states(self, index, *pair)
         self._seen = other._seen
@@ -369,7 +290,7 @@ class RecurrentCache(DynamicCache):
         index = self._row_index(rows)
         self._check_partner(self)
         new = self.empty()
-        for number, pair in enumerate(map(_held, self.layers)):
+        for number, pair in enumerate(map(held_states, self.layers)):
             if pair is not None:
                 write_states(new, number, *(state.index_select(0, index) for state in pair))
         new._seen = self._seen
@@ -418,7 +339,7 @@ class RecurrentCache(DynamicCache):
         if self.batch_size == -1:
             raise ValueError("The cache has no states yet; run a forward with it first.")
         self._check_partner(self)
-        save_states(path, [_held(layer) for layer in self.layers], self._seen)
+        save_states(path, [held_states(layer) for layer in self.layers], self._seen)
 
     @classmethod
     def load(
@@ -461,10 +382,6 @@ class RecurrentCache(DynamicCache):
                 "The cache has tokens to replay after crop(), which are not in its states yet; run a forward with it first."
             )
         self._leave_inference_mode()
-
-
-def _held(layer: RecurrentLayer) -> tuple[Tensor, Tensor] | None:
-    return (layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else None
 
 
 def name_of_cache(cache: Cache) -> str:

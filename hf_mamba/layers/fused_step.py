@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from mamba_kernels import fused_linear, mamba2_step, mamba_step
 from mamba_kernels.dispatch import MOST_ROWS, select
 
-from ..cache import read_states
+from ..cache_layer import read_states
 from .convolution import CausalConv1d
 from .linear import is_plain_linear
 from .norms import GatedRMSNorm, RMSNorm

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from mamba_kernels import rms_norm, selective_scan, selective_state_update
 
-from ..cache import read_states, write_states
+from ..cache_layer import read_states, write_states
 from .convolution import CausalConv1d
 from .linear import is_plain_linear
 from .projection import project

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from mamba_kernels import ssd_chunk_scan, ssd_state_update
 
-from ..cache import read_states, write_states
+from ..cache_layer import read_states, write_states
 from .convolution import CausalConv1d
 from .norms import GatedRMSNorm
 from .projection import project

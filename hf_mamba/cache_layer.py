@@ -1,0 +1,95 @@
+"""The states of one layer in a cache, and how a mixer reads and writes them.
+
+Symbols: B batch, D convolution channels, W convolution width.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+__all__ = ["RecurrentLayer", "held_states", "read_states", "write_states"]
+
+
+class RecurrentLayer(LinearAttentionLayer):
+    """The convolution state (B, D, W - 1) and the SSM state of one layer."""
+
+    def _map_states(self, select) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    selected = select(state)
+                    # keep the storage where possible: a captured graph reads it by address
+                    states[index] = state.copy_(selected) if selected.shape == state.shape else selected
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx` (B,) of every state."""
+        self._map_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of every state (integers or a bool mask)."""
+        self._map_states(lambda state: state[indices.to(state.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def leave_inference_mode(self) -> None:
+        """Replace states made under `torch.inference_mode()`, which may not be changed in place outside it."""
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None and state.is_inference():
+                    states[index] = state.clone()
+
+    def snapshot(self) -> tuple[Tensor, Tensor | None] | None:
+        """A copy of the states, or None before the first forward."""
+        if not self.has_previous_state[0]:
+            return None
+        conv_state, ssm_state = self.conv_states[0], self.recurrent_states[0]
+        return conv_state.clone(), None if ssm_state is None else ssm_state.clone()
+
+    def restore(self, snapshot: tuple[Tensor, Tensor | None] | None) -> None:
+        """Copy the states of `snapshot` back in place."""
+        if snapshot is None:
+            self.reset()
+            return
+        conv_state, ssm_state = snapshot
+        self.conv_states[0].copy_(conv_state)
+        if ssm_state is not None:
+            self.recurrent_states[0].copy_(ssm_state)
+        self.has_previous_state[0] = True
+
+
+def read_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Tensor | None]:
+    """The convolution state (B, D, ≥ W - 1) and the SSM state of a layer; (None, None) before the first token."""
+    if cache is None:
+        return None, None
+    layer = cache.layers[layer_idx]
+    if not layer.has_previous_state[0]:
+        return None, None
+    conv_state, ssm_state = layer.conv_states[0], layer.recurrent_states[0]
+    if torch.is_grad_enabled():
+        # the buffers are overwritten after this forward, while its backward still needs what was in them
+        return conv_state.clone(), ssm_state.clone()
+    return conv_state, ssm_state
+
+
+def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Tensor) -> None:
+    """Store the states of a layer in place, detached; works on any transformers cache made of linear-attention layers."""
+    layer = cache.layers[layer_idx]
+    conv_state, ssm_state = conv_state.detach(), ssm_state.detach()
+    # after reset() the next batch may have another size
+    if not layer.is_conv_states_initialized[0] or len(layer.conv_states[0]) != len(conv_state):
+        layer.lazy_initialization(conv_states=conv_state)
+    if not layer.is_recurrent_states_initialized[0] or len(layer.recurrent_states[0]) != len(ssm_state):
+        layer.lazy_initialization(recurrent_states=ssm_state)
+    width = conv_state.shape[-1]
+    buffer = layer.conv_states[0]
+    # a cache that a native class filled keeps W columns; the oldest of them is never read
+    buffer[..., buffer.shape[-1] - width :].copy_(conv_state)
+    layer.recurrent_states[0].copy_(ssm_state)
+    layer.has_previous_state[0] = True
+
+
+def held_states(layer: RecurrentLayer) -> tuple[Tensor, Tensor] | None:
+    """The two states of a layer, not copied; None before the first token."""
+    return (layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else None
