@@ -33,7 +33,7 @@ class Implementation:
         call: outputs from prepared operands, in the layout of `mamba_kernels` or one that `restore` turns into it.
         prepare: brings operands into the contender's layout; differentiable, so that gradients can be compared.
         restore: brings the outputs back.
-        settings: module attributes that hold during the call: (module, attribute, value).
+        settings: module attributes that hold during the call: (module, attribute, value), see `op_variants`.
     """
 
     name: str
@@ -47,8 +47,9 @@ class Implementation:
         """The settings, for as long as the block lasts."""
         changed = [(importlib.import_module(module), name, value) for module, name, value in self.settings]
         previous = [getattr(module, name) for module, name, _ in changed]
-        for module, name, value in changed:
-            setattr(module, name, value)
+        for (module, name, value), current in zip(changed, previous, strict=True):
+            # a tuple is a tuning: of the kind that stands there
+            setattr(module, name, type(current)(*value) if isinstance(value, tuple) else value)
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ at both ends, in the first and the last row of the batch.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ import mamba_kernels
 from benchmarks.op_contenders import Implementation
 from benchmarks.op_rows import OPS, Operands, OpRow, call_op, make_operands
 
-__all__ = ["TOLERANCES", "gate"]
+__all__ = ["TOLERANCES", "Gate"]
 
 # RMS of the error over RMS of the expected value: ours, and peers', whose rounding is not ours to judge
 TOLERANCES = {True: 1e-2, False: 5e-2}
@@ -23,16 +24,89 @@ TOLERANCES = {True: 1e-2, False: 5e-2}
 WINDOW = 130
 
 
-def gate(row: OpRow, implementation: Implementation, device: torch.device) -> dict[str, float]:
-    """RMS-relative error of every output and gradient on fresh random operands; infinite where something is not finite."""
-    operands = make_operands(row, device)
-    if OPS[row.op].updates is not None:
-        return _update_errors(row, implementation, operands)
-    worst: dict[str, float] = {}
-    for at_end in (False, True):
-        for name, error in _window_errors(row, implementation, operands, at_end).items():
-            worst[name] = max(worst.get(name, 0.0), error)
-    return worst
+@dataclass
+class _Window:
+    """One end of a row: the operands of the full call, the gradients of its outputs, and what the reference makes of them."""
+
+    operands: Operands
+    part: slice
+    weights: list[Tensor]
+    outputs: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+
+class Gate:
+    """Fresh random operands of one row and what the reference makes of them, for one contender after the other."""
+
+    def __init__(self, row: OpRow, device: torch.device) -> None:
+        self.op, self.tokens, self.state = row.op, OPS[row.op].tokens, OPS[row.op].updates
+        self.operands = make_operands(row, device)
+        self.rows = sorted({0, row.shape["B"] - 1})
+        self.windows = [] if self.state is not None else [self._window(False), self._window(True)]
+
+    def errors(self, implementation: Implementation) -> dict[str, float]:
+        """RMS-relative error of every output and gradient, the larger of both ends; infinite where one is not finite."""
+        if self.state is not None:
+            return self._update_errors(implementation, self.state)
+        worst: dict[str, float] = {}
+        for window in self.windows:
+            for name, error in self._window_errors(implementation, window).items():
+                worst[name] = max(worst.get(name, 0.0), error)
+        return worst
+
+    def _part(self, name: str, value: Tensor, part: slice) -> Tensor:
+        """What the window sees of an operand or its gradient."""
+        return value[self.rows, part] if name in self.tokens else value
+
+    def _window(self, at_end: bool) -> _Window:
+        operands, x = self.operands, self.operands["x"]
+        length = x.shape[1]
+        part = slice(max(0, length - WINDOW), length) if at_end else slice(0, min(WINDOW, length))
+        if at_end:
+            x = x.clone()
+            x[:, : part.start] = 0
+            operands = operands | {"x": x}
+        wide = {
+            name: self._part(name, value, part).detach().double().requires_grad_() for name, value in operands.items()
+        }
+        outputs = _reference(self.op, wide)
+        # the same numbers for both: what bf16 can hold
+        weights = [torch.randn_like(output).to(torch.bfloat16).double() for output in outputs]
+        gradients = torch.autograd.grad(outputs, list(wide.values()), weights)
+        return _Window(operands, part, weights, tuple(output.detach() for output in outputs), gradients)
+
+    def _window_errors(self, implementation: Implementation, window: _Window) -> dict[str, float]:
+        leaves = {name: value.detach().requires_grad_() for name, value in window.operands.items()}
+        with implementation.applied():
+            outputs = implementation.restore(implementation.call(implementation.prepare(leaves)))
+            incoming = []
+            for output, given in zip(outputs, window.weights, strict=True):
+                weight = torch.zeros_like(output)
+                weight[self.rows, window.part] = given.to(output.dtype)
+                incoming.append(weight)
+            gradients = torch.autograd.grad(outputs, list(leaves.values()), incoming)
+        errors = {
+            f"output {i}": _error(have[self.rows, window.part].detach(), want)
+            for i, (have, want) in enumerate(zip(outputs, window.outputs, strict=True))
+        }
+        for name, have, want in zip(leaves, gradients, window.gradients, strict=True):
+            errors[f"gradient of {name}"] = _error(self._part(name, have, window.part), want)
+            # the window has neighbours: what is not finite there must not go unseen
+            if not torch.isfinite(have).all():
+                errors[f"gradient of {name}"] = math.inf
+        return errors
+
+    def _update_errors(self, implementation: Implementation, state: str) -> dict[str, float]:
+        operands = self.operands | {state: self.operands[state].clone()}
+        wide = {name: value.double() for name, value in self.operands.items()}
+        # `double` copies nothing that is fp64 already, and the reference works in place
+        wide[state] = wide[state].clone()
+        prepared = implementation.prepare(operands)
+        with torch.no_grad():
+            with implementation.applied():
+                (y,) = implementation.restore(implementation.call(prepared))
+            (expected,) = _reference(self.op, wide)
+        return {"y": _error(y, expected), state: _error(prepared[state], wide[state])}
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
@@ -44,53 +118,3 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 def _reference(op: str, operands: Operands) -> tuple[Tensor, ...]:
     with mamba_kernels.backend("reference"):
         return call_op(op, operands)
-
-
-def _update_errors(row: OpRow, implementation: Implementation, operands: Operands) -> dict[str, float]:
-    state = OPS[row.op].updates
-    assert state is not None
-    wide = {name: value.double() for name, value in operands.items()}
-    prepared = implementation.prepare(operands)
-    with implementation.applied(), torch.no_grad():
-        (y,) = implementation.restore(implementation.call(prepared))
-        (expected,) = _reference(row.op, wide)
-    return {"y": _error(y, expected), state: _error(prepared[state], wide[state])}
-
-
-def _window_errors(row: OpRow, implementation: Implementation, operands: Operands, at_end: bool) -> dict[str, float]:
-    tokens = OPS[row.op].tokens
-    batch, length = operands["x"].shape[:2]
-    window = slice(max(0, length - WINDOW), length) if at_end else slice(0, min(WINDOW, length))
-    rows = sorted({0, batch - 1})
-    if at_end:
-        head = operands["x"].clone()
-        head[:, : window.start] = 0
-        operands = operands | {"x": head}
-
-    leaves = {name: value.detach().requires_grad_() for name, value in operands.items()}
-    with implementation.applied():
-        outputs = implementation.restore(implementation.call(implementation.prepare(leaves)))
-        weights = []
-        for output in outputs:
-            weight = torch.zeros_like(output)
-            weight[rows, window] = torch.randn_like(weight[rows, window])
-            weights.append(weight)
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
-
-    def part(name: str, value: Tensor) -> Tensor:
-        return value[rows, window] if name in tokens else value
-
-    wide = {name: part(name, value).detach().double().requires_grad_() for name, value in operands.items()}
-    expected = _reference(row.op, wide)
-    incoming = [weight[rows, window].double() for weight in weights]
-    wanted = torch.autograd.grad(expected, list(wide.values()), incoming)
-    errors = {
-        f"output {i}": _error(have[rows, window].detach(), want.detach())
-        for i, (have, want) in enumerate(zip(outputs, expected, strict=True))
-    }
-    for name, have, want in zip(leaves, gradients, wanted, strict=True):
-        errors[f"gradient of {name}"] = _error(part(name, have), want)
-        # the window has neighbours: what is not finite there must not go unseen
-        if not torch.isfinite(have).all():
-            errors[f"gradient of {name}"] = math.inf
-    return errors

@@ -1,4 +1,4 @@
-"""First calls in fresh processes: `python -m benchmarks.op_process ROW CONTENDER` prints the seconds they took as JSON.
+"""First calls in fresh processes: `python -m benchmarks.op_process ROWS CONTENDER` prints the seconds they took as JSON.
 
 Such processes also fill the cache of compiled kernels for the process that measures, several at a time.
 """
@@ -52,19 +52,20 @@ def measure_first_call(row: OpRow, contender: str) -> tuple[float, float | None]
     return forward, time.perf_counter() - start
 
 
-def first_calls(cells: Sequence[tuple[OpRow, str]], cache: Path, at_once: int) -> list[FirstCall]:
-    """`measure_first_call` of every cell in a process of its own, `at_once` of them side by side.
+def first_calls(cells: Sequence[tuple[Sequence[OpRow], str]], cache: Path, at_once: int) -> list[FirstCall]:
+    """`measure_first_call` of the first row of every cell in a process of its own, `at_once` of them side by side.
 
     Args:
-        cells: row and contender.
+        cells: rows and contender; a process goes on to the other rows for their kernels.
         cache: the folder for compiled kernels; the calls are first ones if it is empty.
         at_once: processes that run at the same time.
     """
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
 
-    def run(cell: tuple[OpRow, str]) -> FirstCall:
-        row, contender = cell
-        command = [sys.executable, "-m", "benchmarks.op_process", json.dumps(asdict(row)), contender]
+    def run(cell: tuple[Sequence[OpRow], str]) -> FirstCall:
+        rows, contender = cell
+        given = json.dumps([asdict(row) for row in rows])
+        command = [sys.executable, "-m", "benchmarks.op_process", given, contender]
         try:
             result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -79,4 +80,5 @@ def first_calls(cells: Sequence[tuple[OpRow, str]], cache: Path, at_once: int) -
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_first_call(OpRow(**json.loads(sys.argv[1])), sys.argv[2])))
+    took = [measure_first_call(OpRow(**row), sys.argv[2]) for row in json.loads(sys.argv[1])]
+    print(json.dumps(took[0]))

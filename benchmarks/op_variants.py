@@ -11,8 +11,34 @@ __all__ = ["VARIANTS", "variant", "variants_of"]
 
 Settings = tuple[tuple[str, str, Any], ...]
 
-# op: what differs, and the module attributes that make it so: (module, attribute, value)
-VARIANTS: dict[str, dict[str, Settings]] = {}
+CONV = "mamba_kernels.causal_conv1d.triton_conv"
+SCAN_FORWARD = "mamba_kernels.selective_scan.triton_forward"
+SCAN_BACKWARD = "mamba_kernels.selective_scan.triton_backward"
+SSD = "mamba_kernels.ssd.triton_"
+
+# op: what differs, and the module attributes that make it so: (module, attribute, value). A tuple becomes a tuning like the one
+# that it replaces. Chosen by the registers that ptxas reports for sm_90
+VARIANTS: dict[str, dict[str, Settings]] = {
+    "selective_scan": {
+        # 233 registers and no spills in place of 255 with some
+        "backward 4 tokens": ((SCAN_BACKWARD, "BACKWARD", (32, 4)), (SCAN_BACKWARD, "SWEEP", (64, 4))),
+        "backward 2 states": ((SCAN_BACKWARD, "PARTS", 2),),
+        # exponentials once in place of twice, but fewer programs
+        "forward whole": ((SCAN_FORWARD, "FORWARD", (32, 8)), (SCAN_FORWARD, "UNSPLIT_PROGRAMS", 256)),
+    },
+    "ssd_chunk_scan": {
+        # 97 to 116 registers in place of 174 to 242
+        "states 8 warps": ((SSD + "states", "STATES", (8, 2)),),
+        "forward 8 warps": ((SSD + "forward", "FORWARD", (8, 2)),),
+        # 244 registers and no spills in place of 255 with 250 bytes
+        "projections 64 states": ((SSD + "projections", "LARGEST_PART", 64),),
+    },
+    "causal_conv1d": {
+        "longer runs": ((CONV, "FORWARD", (256, 8, 8)), (CONV, "BACKWARD", (128, 8, 32))),
+        "shorter runs": ((CONV, "FORWARD", (256, 8, 2)), (CONV, "BACKWARD", (128, 8, 8))),
+        "fewer channels": ((CONV, "FORWARD", (128, 8, 4)), (CONV, "BACKWARD", (64, 8, 16))),
+    },
+}
 
 
 def variants_of(op: str) -> list[str]:

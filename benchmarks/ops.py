@@ -22,9 +22,9 @@ from rich.table import Table
 
 from benchmarks.contenders import parse_names, parse_numbers
 from benchmarks.op_contenders import EAGER, OURS, PEERS, Implementation, implementation, is_installed
-from benchmarks.op_gate import TOLERANCES, gate
+from benchmarks.op_gate import TOLERANCES, Gate
 from benchmarks.op_process import FirstCall, first_calls
-from benchmarks.op_rows import OPS, ROWS, OpRow, floor_bytes, make_operands, rows_at
+from benchmarks.op_rows import OPS, ROWS, OpRow, floor_bytes, rows_at
 from benchmarks.op_variants import variant, variants_of
 from benchmarks.record import Record, Row, format_number, table_console
 from benchmarks.timing import copy_bandwidth, host_ms, measure, peak_memory_mib
@@ -36,7 +36,8 @@ EAGER_LONGEST = 2048
 FIRST_CALL_TARGET_S = 5.0
 # most of a cell's time: enough for 50 rounds of a millisecond
 CELL_SECONDS = 0.25
-PROCESSES = 8
+# fresh processes at a time
+PROCESSES = max(1, min(12, (os.cpu_count() or 1) - 2))
 
 
 @dataclass
@@ -114,21 +115,20 @@ def ops(
 
 
 def _compile(record: Record, cells: Sequence[tuple[OpRow, list[str]]], cache: Path, timed: bool) -> None:
-    """Fill the kernel cache: first one row of each op, which gives the times of first calls, then the others."""
-    first: list[tuple[OpRow, str]] = []
-    later: list[tuple[OpRow, str]] = []
-    seen: set[tuple[str, str]] = set()
+    """Fill the kernel cache: first one row of each op, which gives the times of first calls, then everything else."""
+    rows_of: dict[tuple[str, str], list[OpRow]] = {}
     for row, contenders in cells:
-        for contender in contenders:
-            if contender in (OURS, *PEERS) and (row.op, contender) not in seen:
-                seen.add((row.op, contender))
-                first.append((row, contender))
-            elif contender != EAGER:
-                later.append((row, contender))
+        for name in contenders:
+            if name != EAGER:
+                rows_of.setdefault((row.op, name), []).append(row)
+    first = [(rows[:1], name) for (_, name), rows in rows_of.items() if name in (OURS, *PEERS)]
     found = first_calls(first, cache, PROCESSES)
     if timed:
-        record.summary = [_first_call_entry(row, name, took) for (row, name), took in zip(first, found, strict=True)]
-    first_calls(later, cache, PROCESSES)
+        record.summary = [
+            _first_call_entry(row, name, took) for ((row,), name), took in zip(first, found, strict=True)
+        ]
+    later = [(rows[1:] if name in (OURS, *PEERS) else rows, name) for (_, name), rows in rows_of.items()]
+    first_calls([(rows, name) for rows, name in later if rows], cache, PROCESSES)
 
 
 def _first_call_entry(row: OpRow, contender: str, took: FirstCall) -> dict[str, str | float | None]:
@@ -151,13 +151,20 @@ def _measure_row(
     lines = {(name, mode): Row(row.op, name, row.shape, "bfloat16", mode) for mode in modes for name in contenders}
     record.rows += lines.values()
     implementations: dict[str, Implementation] = {}
+    gate = Gate(row, device) if budget.left > 0 else None
     for name in contenders:
-        error, refusal = _admit(row, name, implementations, device, budget)
+        error: float | None = None
+        refusal: str | None = f"not run: --seconds {budget.seconds:g} were over"
+        if gate is not None and budget.left > 0:
+            error, refusal = _admit(row, name, implementations, gate)
         for mode in modes:
             lines[name, mode].error = error
             if refusal is not None:
                 lines[name, mode].status = refusal
-    operands = make_operands(row, device)
+    if gate is None:
+        return
+    operands = gate.operands
+    del gate
     floors = floor_bytes(row, operands)
     targets = (row.forward_target, row.both_target)
     for i, mode in enumerate(modes):
@@ -177,18 +184,16 @@ def _measure_row(
 
 
 def _admit(
-    row: OpRow, name: str, implementations: dict[str, Implementation], device: torch.device, budget: Budget
+    row: OpRow, name: str, implementations: dict[str, Implementation], gate: Gate
 ) -> tuple[float | None, str | None]:
     """Put a contender that passes the gate into `implementations`; its largest error, and why it is refused if it is."""
-    if budget.left <= 0:
-        return None, f"not run: --seconds {budget.seconds:g} were over"
     if name == EAGER and row.op in ("selective_scan", "ssd_chunk_scan") and row.shape["L"] > EAGER_LONGEST:
         return None, f"not run: L is more than {EAGER_LONGEST}"
     try:
         item = variant(row.op, name) or implementation(row.op, name)
         if item is None:
             return None, f"not run: {name} has no {row.op}"
-        errors = gate(row, item, device)
+        errors = gate.errors(item)
     except Exception as problem:
         # a peer that cannot be imported or crashes is a line of the table, not the end of the run
         return None, f"refused: {type(problem).__name__}: {str(problem).strip().splitlines()[-1][:100]}"

@@ -152,12 +152,15 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / (best / 1000)
 
 
-def host_ms(run: Callable[[], object], device: torch.device, calls: int = 10) -> float | None:
-    """Milliseconds that the host needs to issue a call, the quickest of `calls`; None where it computes itself."""
+def host_ms(run: Callable[[], object], device: torch.device, calls: int = 20, seconds: float = 0.1) -> float | None:
+    """Milliseconds that the host needs to issue a call, the quickest of `calls`; None where it computes itself.
+
+    Slow ones run fewer times, until `seconds` are over.
+    """
     if device.type != "cuda":
         return None
-    times = []
-    for _ in range(calls):
+    times: list[float] = []
+    while len(times) < calls and sum(times) < seconds:
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         run()

@@ -1,5 +1,6 @@
 """The measuring tools: percentiles, the gate before the clock, predictions, and one run of each command."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -194,11 +195,31 @@ def test_ops_leaves_out_what_there_is_no_time_for(tmp_path: Path, monkeypatch: p
 def test_first_calls_run_in_processes_of_their_own(tmp_path: Path) -> None:
     process = pytest.importorskip("benchmarks.op_process")
     rows = {row.op: row for row in toy_rows()}
-    cells = [(rows["causal_conv1d"], "hf_mamba"), (rows["rms_norm"], "fla"), (rows["ssd_state_update"], "eager")]
+    cells = [
+        ([rows["causal_conv1d"], rows["causal_conv1d"]], "hf_mamba"),
+        ([rows["rms_norm"]], "fla"),
+        ([rows["ssd_state_update"]], "eager"),
+    ]
     parallel, missing, update = process.first_calls(cells, tmp_path, at_once=2)
     assert parallel[0] > 0 and parallel[1] > 0
     assert missing == "ValueError: fla has no rms_norm."
     assert update[0] > 0 and update[1] is None
+
+
+def test_variants_change_tunings_for_a_call_alone() -> None:
+    pytest.importorskip("triton")
+    variants = pytest.importorskip("benchmarks.op_variants")
+    for op, choices in variants.VARIANTS.items():
+        for name, settings in choices.items():
+            item = variants.variant(op, f"hf_mamba: {name}")
+            attributes = [(importlib.import_module(module), attribute) for module, attribute, _ in settings]
+            before = [getattr(module, attribute) for module, attribute in attributes]
+            with item.applied():
+                during = [getattr(module, attribute) for module, attribute in attributes]
+            assert [getattr(module, attribute) for module, attribute in attributes] == before
+            assert during != before
+            assert [type(value) for value in during] == [type(value) for value in before]
+    assert variants.variant("rms_norm", "hf_mamba") is None
 
 
 def test_a_curve_is_plotted(tmp_path: Path) -> None:

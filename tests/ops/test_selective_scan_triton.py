@@ -85,8 +85,8 @@ def make_operands(
 def errors_of(operands: dict[str, Tensor | None], without: str | None = None, **options: Any) -> dict[str, float]:
     """RMS-relative error of every output and gradient; infinite where something is not finite.
 
-    The oracle runs on the CPU, where its many small steps are as fast as on a GPU that others use as well. For no tokens and more than 65
-    tokens it is the vectorised scan in fp64, itself tested against the reference.
+    The oracle runs on the CPU, where its many small steps are as fast as on a GPU that others use as well. For no tokens and
+    for more than 65 it is the vectorised scan in fp64, itself tested against the reference.
     """
     x, A = operands["x"], operands["A"]
     assert x is not None and A is not None
