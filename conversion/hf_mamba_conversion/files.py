@@ -130,7 +130,7 @@ def read_json(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise ConversionError(f"{file} has the key {key!r} twice.")
+                raise ConversionError(f"{file} has the key {key!r} twice; only one of the two can be right.")
             found[key] = value
         return found
 

@@ -65,7 +65,7 @@ def convert(
         max_shard_size: the largest weight file, such as "5GB" (the default) or a number of bytes.
         tokenizer: a folder, a file or a Hub id whose tokenizer goes into `dest`; by default the one beside the weights.
         verify: compare the result's logits with an independent forward of the source; differing results are not kept.
-        dry_run: stop after all checks that need no weights.
+        dry_run: stop after all checks that need no weights. A source on the Hub is downloaded into the cache all the same.
         push_to_hub: upload the finished folder to this repository; `private` makes a new one private.
         revision: branch, tag or commit, if `source` is on the Hub.
         options: choices that a format leaves open, by name (see `Format.options`).

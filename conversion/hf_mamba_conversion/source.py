@@ -171,10 +171,14 @@ class CheckpointSource:
             listed = {key for key, file in weight_map.items() if file == name}
             if held - listed:
                 extra = sorted(held - listed)[0]
-                raise ConversionError(f"{name} holds the tensor {extra!r}, which {index.name} does not list there.")
+                raise ConversionError(
+                    f"{name} holds the tensor {extra!r}, which {index.name} does not list there; are they of one checkpoint?"
+                )
             if listed - held:
                 absent = sorted(listed - held)[0]
-                raise ConversionError(f"{index.name} places the tensor {absent!r} in {name}, but it is not there.")
+                raise ConversionError(
+                    f"{index.name} places the tensor {absent!r} in {name}, but it is not there; are they of one checkpoint?"
+                )
         metadata = content.get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         actual = sum(info.nbytes for info in self.infos.values())
@@ -214,7 +218,7 @@ class CheckpointSource:
         for name, value in content.items():
             if not isinstance(name, str) or not isinstance(value, Tensor):
                 raise ConversionError(
-                    f"{file.name}: entry {name!r} is a {type(value).__name__}, not a tensor; expected a state dict."
+                    f"{file.name}: entry {name!r} is of type {type(value).__name__}, not a tensor; expected a state dict."
                 )
             if value.layout is not torch.strided or value.is_quantized:
                 raise ConversionError(
@@ -237,20 +241,25 @@ class CheckpointSource:
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError as error:
-            reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+            lines = str(error).splitlines()
+            reason = next((line for line in lines if "GLOBAL" in line), lines[0]).strip().rstrip(".")
             raise ConversionError(
                 f"{file} is refused: it is damaged, or holds more than tensors and plain values and could run code when "
-                f"opened ({reason.strip()}). Save only the state dict, with torch.save(model.state_dict(), path)."
+                f"opened ({reason}). Save only the state dict, with torch.save(model.state_dict(), path)."
             ) from error
         except Exception as error:  # in a damaged file the unpickler stumbles over anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # torch's first sentence says what is wrong, those after it guess why
+            reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
             raise ConversionError(f"{file} cannot be read: {reason}. Is it truncated? Download it again.") from error
 
     def _add(
         self, file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, reader: Callable[[], Tensor]
     ) -> None:
         if name in self.infos:
-            raise ConversionError(f"the tensor {name!r} is in {file.name} and in another file as well.")
+            raise ConversionError(
+                f"the tensor {name!r} is in {file.name} and in another file as well; only one of the two can be right, so one "
+                "file must go."
+            )
         size = dtype.itemsize
         for length in shape:
             size *= length

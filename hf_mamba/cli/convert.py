@@ -68,7 +68,10 @@ def convert(
         bool,
         typer.Option("--verify", help="Compare logits with an independent forward of the source; keep only a match."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done, and write nothing; what is on the Hub is downloaded."),
+    ] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the finished folder to this repository.")
     ] = None,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -316,6 +317,10 @@ def test_codestral(tmp_path: Path) -> None:
     assert_same_logits(source, tmp_path / "result")
     convert(source, tmp_path / "ssm", to="mamba_ssm", verify=True)
     assert detect(tmp_path / "ssm").name == "mamba_ssm"
+    # the published repository holds both formats: the folder is read as transformers', the other file by its name
+    for file in (tmp_path / "result").iterdir():
+        shutil.copy(file, source / file.name)
+    assert detect(source).name == "hf" and detect(source / "consolidated.safetensors").name == "codestral"
 
 
 def test_results_load_with_transformers_own_classes(tmp_path: Path) -> None:
