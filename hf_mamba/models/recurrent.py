@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..cache import MAX_REPLAY, RecurrentCache
 from ..cache_names import CACHE_NAMES
 from ..integrations import peft as peft_integration
+from ..integrations.bitsandbytes import avoid_packed_kernel
 from ..integrations.cards import write_missing_card
 from ..integrations.hub import PUSH_ARGUMENTS, published_config, push_model, write_shim
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
@@ -121,6 +122,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
                 f"{shown}. They would have random values. Take a complete checkpoint of this architecture, map other key "
                 "names with `key_mapping`, or pass `allow_missing=True` to train them from scratch."
             )
+        avoid_packed_kernel(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
