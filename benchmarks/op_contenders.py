@@ -15,7 +15,7 @@ from torch import Tensor
 import mamba_kernels
 from benchmarks.op_rows import OPS, Operands, call_op, softplus_steps
 
-__all__ = ["EAGER", "OURS", "PEERS", "Implementation", "implementation", "is_installed"]
+__all__ = ["EAGER", "OURS", "PEERS", "Implementation", "implementation", "is_installed", "offers"]
 
 OURS, EAGER = "hf_mamba", "eager"
 # importable module of each peer
@@ -60,6 +60,11 @@ class Implementation:
 def is_installed(peer: str) -> bool:
     """Whether a peer can be imported, as far as its files tell."""
     return importlib.util.find_spec(PEERS[peer]) is not None
+
+
+def offers(op: str, contender: str) -> bool:
+    """Whether a contender has an op."""
+    return contender in (OURS, EAGER) or (op, contender) in _MAKERS
 
 
 def implementation(op: str, contender: str) -> Implementation | None:

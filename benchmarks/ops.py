@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import parse_names, parse_numbers
-from benchmarks.op_contenders import EAGER, OURS, PEERS, Implementation, implementation, is_installed
+from benchmarks.op_contenders import EAGER, OURS, PEERS, Implementation, implementation, is_installed, offers
 from benchmarks.op_gate import TOLERANCES, Gate
 from benchmarks.op_process import FirstCall, first_calls
 from benchmarks.op_rows import OPS, ROWS, OpRow, floor_bytes, rows_at
@@ -87,7 +87,10 @@ def ops(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = Record("ops", settings={"seconds": seconds, "not installed": missing}, commit=commit)
-    cells = [(row, [OURS, *(variants_of(row.op) if variants else []), *present[1:]]) for row in chosen]
+    cells = [
+        (row, [OURS, *(variants_of(row.op) if variants else []), *(n for n in present[1:] if offers(row.op, n))])
+        for row in chosen
+    ]
     cache = Path(tempfile.mkdtemp(prefix="hf-mamba-bench-"))
     before = os.environ.get("TRITON_CACHE_DIR")
     try:
