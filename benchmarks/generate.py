@@ -64,6 +64,7 @@ def generate(
         str, typer.Option(help="Contenders; those that are not installed are named and left out.")
     ] = ",".join(PEERS),
     rounds: Annotated[int, typer.Option(help="Timed calls of each contender.", min=1)] = 3,
+    profile: Annotated[bool, typer.Option("--profile", help="Also list the kernels of a token of ours.")] = False,
     layers: Annotated[int | None, typer.Option(help="Layers; those of the checkpoints when left out.")] = None,
     seconds: Annotated[float, typer.Option(help="What is not measured after this time is left out.")] = 300.0,
     commit: Annotated[str | None, typer.Option(help="The commit to write down where there is no .git.")] = None,
@@ -99,9 +100,12 @@ def generate(
                     continue
                 deadline = start + seconds
                 record.rows += bench.contender(name, lengths, rows, bandwidth, deadline)
+            if profile and device.type == "cuda":
+                record.summary += [entry for batch in rows for entry in bench.kernels(lengths[0], batch)]
             # written as it goes: whatever ends the run early loses nothing
             record.save(output)
     print_table(console, record)
+    record.print_summary(console, "Kernels of a token")
     console.print(f"written to {record.save(output)}", soft_wrap=True)
 
 
@@ -188,6 +192,34 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
+
+    def kernels(self, length: int, batch: int, most: int = 12) -> list[dict[str, Any]]:
+        """Where the GPU spends the time of a token of ours: the longest kernels, in microseconds a token."""
+        ids = torch.randint(3, 50000, (batch, length)).to(self.device)
+        _, run = self._prepare(OURS)
+        run(ids, self.new_tokens)
+        activity = torch.profiler.ProfilerActivity.CUDA
+        # without the prompt, which is the first call
+        totals: dict[str, list[float]] = {}
+        for sign, count in ((-1, 1), (1, self.new_tokens)):
+            with torch.profiler.profile(activities=[activity]) as profiler:
+                run(ids, count)
+                torch.cuda.synchronize(self.device)
+            for event in profiler.key_averages():
+                total = totals.setdefault(event.key, [0.0, 0.0])
+                total[0] += sign * event.self_device_time_total
+                total[1] += sign * event.count
+        steps = self.new_tokens - 1
+        longest = sorted(totals.items(), key=lambda item: -item[1][0])[:most]
+        return [
+            {
+                "model": f"{self.kind}-{self.size}, batch {batch}",
+                "kernel": name[:60],
+                "us a token": time_us / steps,
+                "launches a token": count / steps,
+            }
+            for name, (time_us, count) in [("all", [sum(v[i] for v in totals.values()) for i in (0, 1)]), *longest]
+        ]
 
     def _prepare(self, name: str) -> tuple[Any, Callable[..., Any]]:
         """The model, and `run(ids, count, logits)`, which generates `count` tokens and returns the logits if wanted."""
