@@ -29,7 +29,7 @@ __all__ = [
 class causal_conv1d_fn(nn.Module):
     """Causal depthwise convolution of (B, D, L) with weights (D, W); packed sequences are kept apart."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(
@@ -67,7 +67,7 @@ class selective_scan_fn(nn.Module):
     `use_mambapy` and `use_associative_scan` choose among transformers' own implementations and mean nothing here.
     """
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(
@@ -129,6 +129,7 @@ class selective_state_update(nn.Module):
 class mamba_inner_fn(nn.Module):
     """A Mamba mixer behind its input projection: xz (B, 2 D, L) → (B, L, d)."""
 
+    # Falcon-Mamba's constant norm weights are checked by value, which a graph cannot do
     can_torch_compile = False
     has_backward = True
 
@@ -178,7 +179,7 @@ class mamba_inner_fn(nn.Module):
 class mamba_chunk_scan_combined(nn.Module):
     """Mamba-2's scan of (B, L, H, P); with `return_final_states` also the states (B, H, P, N)."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(
@@ -218,7 +219,7 @@ class mamba_chunk_scan_combined(nn.Module):
 class mamba_split_conv1d_scan_combined(nn.Module):
     """A Mamba-2 mixer behind its input projection: zxbcdt (B, L, ·) → (B, L, d)."""
 
-    can_torch_compile = False
+    can_torch_compile = True
     has_backward = True
 
     def forward(

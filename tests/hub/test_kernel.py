@@ -231,17 +231,17 @@ for config in (MambaConfig(**common), FalconMambaConfig(**common), Mamba2Config(
     model = type(config).__name__.replace("Config", "ForCausalLM")
     model = globals()[model](config)
 
-    def run():
+    def run(forward):
         model.eval()
         with torch.no_grad():
-            logits = model(ids).logits
+            logits = forward(ids, use_cache=False).logits
         tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
         model.train()
         model.zero_grad()
         model(ids, labels=ids, use_cache=False).loss.backward()
         return logits, tokens, [p.grad.clone() for p in model.parameters()]
 
-    before = run()
+    before = run(model)
     with use_kernel_mapping(mapping):
         kernelize(model, mode=Mode.{mode}, device="cpu")
     from_kernel = [
@@ -249,7 +249,8 @@ for config in (MambaConfig(**common), FalconMambaConfig(**common), Mamba2Config(
         for module in model.modules()
         for function in module.__dict__.get("_kernel_funcs", {{}}).values()
     ]
-    after = run()
+    compiled = "COMPILE" in {mode!r}
+    after = run(torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model)
     replaced = sum(name.startswith("_mamba_kernels_cpu_") for name in from_kernel)
     print(
         config.model_type,
@@ -277,7 +278,7 @@ def test_the_loader_takes_it_offline(repository: Path) -> None:
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize("mode", ["INFERENCE", "TRAINING"])
+@pytest.mark.parametrize("mode", ["INFERENCE", "TRAINING", "INFERENCE | Mode.TORCH_COMPILE"])
 def test_kernelize_puts_the_layers_into_native_models(mode: str, repository: Path) -> None:
     """Logits, greedy tokens and gradients of transformers' own classes before and after."""
     lines = run_kernels(KERNELIZE, repository=str(repository), mode=mode)
