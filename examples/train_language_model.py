@@ -352,12 +352,7 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
         "training_seconds": round(budget.seconds, 1),
         "hardware": hardware(options),
         "precision": "bfloat16 mixed precision" if options.bf16 else "float32",
-        "versions": {
-            "hf_mamba": hf_mamba.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "samples": texts,
     }
     (output / "training_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -386,6 +381,16 @@ def hardware(options: TrainingArguments) -> str:
     if options.device.type == "cpu":
         return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
     return f"{options.world_size} × {options.device.type}"
+
+
+def versions() -> dict[str, str]:
+    """What the run ran with."""
+    return {
+        "hf_mamba": hf_mamba.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ command goes on where it was stopped: finished runs are kept, an unfinished one 
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -40,7 +38,6 @@ from language_modeling import (  # noqa: E402
     train_tokenizer,
 )
 
-import hf_mamba  # noqa: E402
 from hf_mamba.integrations.router_health import RouterHealth  # noqa: E402
 
 __all__ = ["Arguments", "main", "train_all"]
@@ -148,12 +145,7 @@ def train_one(
         "tokens_seen": seen,
         "hardware": train_language_model.hardware(options),
         "precision": "bfloat16 mixed precision" if options.bf16 else "float32",
-        "versions": {
-            "hf_mamba": hf_mamba.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": train_language_model.versions(),
         "log": trainer.state.log_history,
     }
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from transformers import DistributedConfig
+from transformers import DistributedConfig, TrainerState
 from transformers.distributed import tensor_parallel
 
 from hf_mamba import MoeMambaForCausalLM
+from hf_mamba.integrations.router_health import RouterHealth, expert_layers
+from hf_mamba.layers.switch import Routing
 
 from .builders import make_model, random_ids
 
@@ -71,6 +73,7 @@ def run_rank(rank: int, port: int, folder: str, cases: list[tuple[str, str]]) ->
     try:
         for frame, split in cases:
             compare(Path(folder) / frame, split)
+        count_together(rank)
         verdict = "equal"
     except Exception:
         verdict = traceback.format_exc()
@@ -104,8 +107,27 @@ def compare(folder: Path, split: str) -> None:
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=f"{folder.name}, {split}: {name}")
 
 
+def count_together(rank: int) -> None:
+    """`RouterHealth` logs what both processes did: rank 0 has one token for expert 1, rank 1 two for expert 3."""
+    model = make_model("moe_mamba", router_bias=True)
+    health = RouterHealth(patience=5)
+    state = TrainerState(global_step=4)
+    health.on_train_begin(None, state, None, model=model)
+    health.on_step_begin(None, state, None)
+    for layer in expert_layers(model).values():
+        logits = torch.zeros(1 + rank, 4).index_fill_(1, torch.tensor([1 + 2 * rank]), 3.0)
+        layer.observer(Routing(logits, logits[:, :1], logits.topk(1).indices, None, None, training=True))
+    logs: dict[str, Any] = {"loss": 1.0}
+    state.log_history.append({"step": 4})
+    health.on_log(None, state, None, logs=logs)
+    entropy = torch.distributions.Categorical(logits=torch.tensor([0.0, 3.0, 0.0, 0.0])).entropy()
+    assert abs(logs["router_entropy"] - entropy) < 1e-5 and logs["router_unused_experts"] == 4
+    assert state.log_history[-1]["router_layers"][0]["load"] == [0, 1 / 3, 0, 2 / 3]
+    assert health._records[1].last_used.tolist() == [4, 5, 4, 5]
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Logits in evaluation, loss and every gradient in training with capacity, for each way of splitting."""
+    """Logits in evaluation, loss and gradients in training with capacity, for each way of splitting; and router health."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     for frame in {frame for frame, _ in RUN}:

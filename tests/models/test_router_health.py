@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -191,6 +191,23 @@ def test_no_synchronisation_between_logs(tmp_path, monkeypatch: pytest.MonkeyPat
         layer.moe.observer(routing[number][0])
     monkeypatch.undo()
     assert sum(health._records[1].load.tolist()) == 12
+
+
+def test_compiles_whole() -> None:
+    """`torch.compile(fullgraph=True)` of a training step traces the counting too."""
+    model = make_model("moe_mamba", capacity_factor=1.0, num_hidden_layers=2).train()
+    model.set_experts_implementation("batched_mm")
+    health, state = RouterHealth(), TrainerState()
+    health.on_train_begin(None, state, None, model=model)
+    ids, compiled = random_ids(2, 8), torch.compile(model, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        state.global_step = step
+        health.on_step_begin(None, state, None)
+        compiled(input_ids=ids, labels=ids).loss.backward()
+    for record in health._records.values():
+        assert record.counts[0] == record.load.sum() == 2 * 16
+        assert record.last_used.tolist() == [2 if count else 0 for count in record.load.tolist()]
+    torch.compiler.reset()
 
 
 def test_other_models_are_left_alone(tmp_path) -> None:
