@@ -300,7 +300,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}; the figures need it: pip install matplotlib")
+        sys.exit(f"error: {error}; the figures need it: pip install 'hf-mamba[bench]'")
     for claim in claims:
         print(f"{claim.verdict:14} {claim.text}: {claim.evidence}")
     print(f"written to {folder / 'report.md'}")
