@@ -201,7 +201,7 @@ def test_termination_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hf_mamba.cli", "convert", str(source), str(tmp_path / "result"), "--verify"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not list(tmp_path.glob(".result.incomplete-*")):
-            time.sleep(0.001)
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
