@@ -30,6 +30,7 @@ from .cards import (
     hub_id,
     is_placeholder,
 )
+from .weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -274,7 +275,7 @@ def publishable_files(folder: str | Path, base_model: str | None = None) -> File
     adapter = ADAPTER_CONFIG in files
     if not adapter and "config.json" not in files:
         raise ValueError(f"{folder} has neither config.json nor {ADAPTER_CONFIG}; give what save_pretrained() wrote.")
-    _check_weights(folder, adapter)
+    check_weight_files(folder, adapter)
     if adapter:
         files[ADAPTER_CONFIG] = _adapter_config(folder, base_model)
     elif REMOTE_CODE not in files:
@@ -317,27 +318,6 @@ def _settings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(content, list):
         for value in content:
             yield from _settings(value, key)
-
-
-def _check_weights(folder: Path, adapter: bool) -> None:
-    """Every weight file is there and as long as its header says."""
-    from safetensors import SafetensorError, safe_open
-
-    if adapter:
-        names = ["adapter_model.safetensors"]
-    elif (folder / "model.safetensors.index.json").is_file() and not (folder / "model.safetensors").is_file():
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; save the model with save_pretrained().")
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged: {error}. Save the model anew.") from error
 
 
 def _adapter_config(folder: Path, base_model: str | None) -> bytes:

@@ -24,6 +24,7 @@ from ..integrations import peft as peft_integration
 from ..integrations.bitsandbytes import avoid_packed_kernel
 from ..integrations.cards import write_missing_card
 from ..integrations.hub import PUSH_ARGUMENTS, published_config, push_model, write_shim
+from ..integrations.weight_files import explain_loading_error
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
 from ..layers.fused_step import fused_step
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
@@ -104,15 +105,22 @@ class RecurrentPreTrainedModel(PreTrainedModel):
                 head of a classifier always is; a backbone or a language model's head with gaps is refused by default.
 
         Raises:
-            ValueError: the checkpoint lacks tensors.
+            ValueError: the checkpoint lacks tensors, or a weight file is damaged.
+            RuntimeError: the weights have other sizes than the configuration says.
         """
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            key_mapping=ORIGINAL_KEYS | (key_mapping or {}),
-            output_loading_info=True,
-            **kwargs,
-        )
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                key_mapping=ORIGINAL_KEYS | (key_mapping or {}),
+                output_loading_info=True,
+                **kwargs,
+            )
+        except Exception as error:
+            explained = explain_loading_error(error, str(pretrained_model_name_or_path))
+            if explained is None:
+                raise
+            raise explained from error
         model, info = loaded
         missing = sorted(key for key in info["missing_keys"] if not key.startswith(cls._new_head))
         if missing and not allow_missing:

@@ -9,6 +9,8 @@ __all__ = ["check_choice", "check_common_fields", "check_finite", "check_positiv
 
 # no tensor has a dimension of this size: such a value is a mistake, and building the model would exhaust the memory
 MAX_SIZE = 2**31
+# building even empty layers takes time and memory for each of them; published models have at most some hundreds
+MAX_LAYERS = 2**14
 
 POSITIVE_FIELDS = ("vocab_size", "hidden_size", "state_size", "num_hidden_layers", "expand", "conv_kernel")
 
@@ -32,9 +34,10 @@ def check_positive(config, *names: str) -> None:
     """Raise ValueError unless every named field is an integer above zero."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < MAX_SIZE:
+        limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < limit:
             raise ValueError(
-                f"{type(config).__name__}: `{name}` must be a positive integer below 2**31, got {value!r}."
+                f"{type(config).__name__}: `{name}` must be a positive integer below 2**{limit.bit_length() - 1}, got {value!r}."
             )
 
 
