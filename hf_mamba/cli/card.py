@@ -39,7 +39,7 @@ def card(
     from huggingface_hub import ModelCard
 
     from hf_mamba.integrations.card_rules import validate_card
-    from hf_mamba.integrations.cards import CARD, card_of_folder, facts_of_card
+    from hf_mamba.integrations.cards import CARD, card_of_folder, facts_of_card, is_placeholder
 
     file = folder / CARD
     try:
@@ -50,7 +50,7 @@ def card(
             validate_card(old)
             result_console().print(f"{file} can be uploaded.", soft_wrap=True, markup=False)
             return
-        if old is not None and not overwrite:
+        if old is not None and not overwrite and not is_placeholder(old):
             fail(f"{file} exists; --overwrite replaces it, --check checks it.")
         facts = facts_of_options(license, base_model, dataset, language).over(_reported(folder, report))
         if old is not None:

@@ -104,10 +104,11 @@ def shim(names: Mapping[str, str]) -> str:
 
 
 def write_shim(config: "PreTrainedConfig", folder: str | os.PathLike) -> None:
-    """Write the file that `trust_remote_code=True` runs, for a model type that needs it."""
-    names = auto_map(config.model_type)
-    if names is not None:
-        (Path(folder) / REMOTE_CODE).write_text(shim(names), encoding="utf-8")
+    """Write the file that `trust_remote_code=True` runs, beside the configuration of a model type that needs it."""
+    folder, names = Path(folder), auto_map(config.model_type)
+    # an adapter is saved without a configuration
+    if names is not None and (folder / "config.json").is_file():
+        (folder / REMOTE_CODE).write_text(shim(names), encoding="utf-8")
 
 
 @contextmanager
@@ -214,12 +215,12 @@ def push_folder(
         repo_id = f"{_patiently(api.whoami)['name']}/{repo_id}"
     validate_repo_id(repo_id)
 
-    remote = None if CARD in files and not keep_card else _patiently(lambda: _card_of(repo_id, token))
-    if remote is not None and not is_placeholder(remote):
-        card = remote
-    elif CARD in files:
-        card = _parsed(folder / CARD)
-    else:
+    card = _parsed(folder / CARD) if CARD in files else None
+    if card is None or keep_card or is_placeholder(card):
+        remote = _patiently(lambda: _card_of(repo_id, token))
+        if remote is not None and not is_placeholder(remote):
+            card = remote
+    if card is None or is_placeholder(card):
         card = card_of_folder(folder, repo_id.split("/")[1], facts, model_id=repo_id)
     fill_metadata(card, facts)
     if facts_of_card(card).license is None and origin is not None:

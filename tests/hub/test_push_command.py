@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
@@ -73,6 +74,24 @@ def test_push_to_a_branch(folder: Path, hub: Hub) -> None:
     result = run("push", folder, "me/tiny", "--license", "mit", "--revision", "next")
     assert result.exit_code == 0, result.output
     assert hub.repositories["me/tiny"] == {} and "config.json" in hub.branches["me/tiny", "next"]
+
+
+def test_push_an_adapter_that_peft_saved(hub: Hub, tmp_path: Path) -> None:
+    """PEFT's own card names a folder of this machine as the base model, and says nothing else."""
+    make_model("mamba").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["in_proj"])).save_pretrained(
+        tmp_path / "lora"
+    )
+    assert str(tmp_path) in (tmp_path / "lora" / "README.md").read_text()
+    assert_refused(run("push", tmp_path / "lora", "me/lora", "--license", "mit"), "--base-model")
+    result = run("push", tmp_path / "lora", "me/lora", "--license", "mit", "--base-model", "me/base")
+    assert result.exit_code == 0, result.output
+    assert not any(str(tmp_path).encode() in content for content in hub.repositories["me/lora"].values())
+    assert "adapter with" in ModelCard.load("me/lora").text
+    # a card without content is no card that somebody wrote
+    assert run("card", tmp_path / "lora", "--license", "mit", "--base-model", "me/base").exit_code == 0
+    assert "adapter with" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def spoil(folder: Path, how: str) -> None:
