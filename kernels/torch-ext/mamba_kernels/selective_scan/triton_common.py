@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compiling import kernel
+
 __all__ = [
     "LOG2_E",
     "TABLE_COLUMNS",
@@ -78,7 +80,7 @@ UNALIGNED = ["channels", *(f"stride_{name}_{axis}" for name in _OPERANDS for axi
 def scan_kernel(fn: Callable[..., None]) -> Any:
     """`triton.jit` with the specialisation that these kernels need."""
     names = set(inspect.signature(fn).parameters)
-    return triton.jit(
+    return kernel(
         fn,
         do_not_specialize=[name for name in LENGTH_ARGUMENTS if name in names],
         do_not_specialize_on_alignment=[name for name in UNALIGNED if name in names],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import first_order_only
+from ..compiling import compile_together
 from ..dispatch import left_to_eager
 from ..packing import resets_and_valid
 from .eager import selective_scan_eager
@@ -87,6 +88,23 @@ def _inputs(
     )
 
 
+def _compile_kernels(inputs: ScanInputs, differentiable: bool, return_final_states: bool) -> None:
+    """Have the kernels of a call ready: one after the other they take twice as long to compile."""
+    plan = plan_of(inputs)
+
+    def launch() -> None:
+        y, final, table, starts = scan_forward(inputs, plan, differentiable, return_final_states)
+        if starts is not None and differentiable:
+            scan_backward(inputs, plan, table, starts, y, final)
+
+    kinds = [value if value is None else value.dtype for value in inputs[:-1]]
+    ways = (inputs.dt_softplus, differentiable, return_final_states, plan.split, plan.n_chunks > 1, plan.packed)
+    compile_together(
+        ("selective_scan", inputs.x.device, plan.size, plan.groups, *kinds, *ways),
+        launch,
+    )
+
+
 def selective_scan_triton(
     x: Tensor,
     dt: Tensor,
@@ -125,7 +143,10 @@ def selective_scan_triton(
         resets, valid = resets_and_valid(seq_idx)
         flags = resets.to(torch.int8) + 2 * valid.to(torch.int8)
     options = (flags, cu_seqlens, dt_softplus)
-    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats):
+    differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats)
+    if not torch.compiler.is_compiling():
+        _compile_kernels(_inputs(*floats, *options), differentiable, return_final_states)
+    if differentiable:
         y, final = SelectiveScanTritonFunction.apply(*floats, *options, return_final_states)
     else:
         inputs = _inputs(*floats, *options)
