@@ -33,6 +33,7 @@ __all__ = [
     "hub_id",
     "is_placeholder",
     "model_card",
+    "pipeline_tag",
     "report_results",
     "state_bytes",
     "write_missing_card",
@@ -47,6 +48,8 @@ PIPELINE_TAGS = {
     "ForTokenClassification": "token-classification",
     "Model": "feature-extraction",
 }
+
+ADAPTER_TAGS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 
 # what transformers and PEFT write where nobody has written a card
 PLACEHOLDER = "[More Information Needed]"
@@ -109,8 +112,7 @@ def model_card(
         ('feature-extraction', True)
     """
     facts = facts or CardFacts()
-    endings = (tag for ending, tag in PIPELINE_TAGS.items() if type(model).__name__.endswith(ending))
-    pipeline_tag = next(endings, "feature-extraction")
+    tag = pipeline_tag(model)
     model_type = model.config.model_type
     entry = MODEL_TYPES.get(model_type)
     parameters = model.num_parameters()
@@ -118,14 +120,14 @@ def model_card(
     active = parameters if count_active is None else count_active()
     tags = ("hf_mamba", model_type, "mamba", "state-space-model", *(getattr(model, "model_tags", None) or ()))
     return ModelCard.from_template(
-        _metadata(facts, name, library="transformers", pipeline_tag=pipeline_tag, tags=tags),
+        _metadata(facts, name, library="transformers", pipeline_tag=tag, tags=tags),
         template_path=str(_template()),
         adapter=None,
         name=name,
         model_id=model_id or name,
         config=model.config,
         native=entry is not None and entry.native_config_class is not None,
-        pipeline_tag=pipeline_tag,
+        pipeline_tag=tag,
         parameters=parameters,
         active_parameters=active,
         architecture=_architecture(model, parameters, active),
@@ -262,6 +264,12 @@ def report_results(report: Mapping[str, Any], text: str) -> list[EvalResult]:
         for split, figures in report["results"].items()
         for metric in ("perplexity", "bits_per_byte")
     ]
+
+
+def pipeline_tag(model: "PreTrainedModel") -> str:
+    """The Hub's name for what a model does, by its head."""
+    endings = (tag for ending, tag in PIPELINE_TAGS.items() if type(model).__name__.endswith(ending))
+    return next(endings, "feature-extraction")
 
 
 def state_bytes(model: "PreTrainedModel") -> int:

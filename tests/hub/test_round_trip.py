@@ -18,8 +18,10 @@ from transformers import (
 )
 
 import hf_mamba
+from hf_mamba.integrations.card_rules import validate_card
 from hf_mamba.integrations.cards import CardFacts
 from hf_mamba.integrations.hub import push_model
+from hf_mamba.integrations.trainer_card import TrainerCard
 
 from ..loopback_hub import Hub
 from ..models.builders import make_model
@@ -123,21 +125,27 @@ def test_an_adapter_is_pushed_and_loads_over_its_base(hub: Hub) -> None:
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("me/other")), logits(adapted))
 
 
-def test_trainer_pushes_at_the_end(hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    model = make_model("moe_mamba")
+def make_trainer(model, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Trainer:
     data = [{"input_ids": IDS[0], "labels": IDS[0]} for _ in range(2)]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(folder),
         push_to_hub=True,
-        hub_model_id="me/run",
+        hub_model_id=f"me/{folder.name}",
         max_steps=1,
         per_device_train_batch_size=2,
         report_to="none",
         use_cpu=True,
+        eval_strategy="steps",
+        eval_steps=1,
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+
+
+def test_trainer_pushes_at_the_end(hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = make_model("moe_mamba")
+    trainer = make_trainer(model, tmp_path / "run", tokenizer)
     trainer.train()
     trainer.push_to_hub()
     names = set(hub.repositories["me/run"])
@@ -150,6 +158,22 @@ def test_trainer_pushes_at_the_end(hub: Hub, tmp_path: Path, tokenizer: PreTrain
     } <= names
     again = AutoModelForCausalLM.from_pretrained("me/run")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_trainer_with_a_card_of_ours(hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """It holds what the run measured, and the Trainer's own draft is gone."""
+    trainer = make_trainer(make_model("mamba2"), tmp_path / "run", tokenizer)
+    with pytest.raises(ValueError, match="`license` is missing"):
+        TrainerCard(CardFacts()).attach(trainer)
+    TrainerCard(CardFacts(license="mit", datasets=("someone/words",))).attach(trainer)
+    trainer.train()
+    trainer.push_to_hub(language="en")
+    card = ModelCard.load("me/run")
+    validate_card(card)
+    assert (card.data.license, card.data.language, card.data.datasets) == ("mit", ["en"], ["someone/words"])
+    measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("loss", measured)]
+    assert "## Architecture" in card.text and "1 steps" in card.text and "learning_rate" in card.text
 
 
 def test_revisions_and_shards_of_an_earlier_upload(hub: Hub) -> None:
