@@ -37,6 +37,9 @@ class CachedOutput(ModelOutput):
         def __getitem__(self, key: Any) -> Any:
             return super().__getitem__("cache" if key in OLD_CACHE_NAMES and key in self else key)
 
+        def get(self, key: Any, default: Any = None) -> Any:
+            return self[key] if key in self else default
+
 
 @dataclass
 class RecurrentModelOutput(CachedOutput):

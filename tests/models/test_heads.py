@@ -245,7 +245,7 @@ def test_bad_input_of_the_token_classifier() -> None:
     ids = random_ids(2, 6)
     with pytest.raises(ValueError, match=r"`labels` must have the shape \(2, 6\).*got \(6, 2\)"):
         model(ids, labels=ids.T % 2)
-    with pytest.raises(ValueError, match="neither takes nor returns a cache; drop `past_key_values`"):
+    with pytest.raises(ValueError, match="neither takes nor returns a cache; drop `cache`"):
         model(ids, cache=make_model("mamba")(ids, use_cache=True).past_key_values)
 
 
