@@ -1,8 +1,10 @@
 """Model cards: every number is the model's own or was handed over; metadata that the Hub would not take are errors."""
 
+import doctest
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard
 from peft import LoraConfig, get_peft_model
 
 import hf_mamba
+from hf_mamba.integrations import cards, trainer_card
 from hf_mamba.integrations.card_rules import validate_card
 from hf_mamba.integrations.cards import (
     CardFacts,
@@ -208,6 +211,12 @@ def test_a_training_report_gives_results_and_procedure() -> None:
     assert f"{report['tokens_seen']:,} tokens" in (facts.training or "")
     with pytest.raises(ValueError, match="not one of"):
         facts_of_report({"results": {}})
+
+
+@pytest.mark.parametrize("module", [cards, trainer_card], ids=lambda module: module.__name__.split(".")[-1])
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    outcome = doctest.testmod(module)
+    assert outcome.attempted > 0 and outcome.failed == 0
 
 
 @pytest.mark.checkout
