@@ -36,14 +36,12 @@ def card(
     ] = False,
 ) -> None:
     """Write FOLDER/README.md: architecture, size of the state, how to use it, what was measured; nothing that was not."""
-    from huggingface_hub import ModelCard
-
     from hf_mamba.integrations.card_rules import validate_card
-    from hf_mamba.integrations.cards import CARD, card_of_folder, facts_of_card, is_placeholder
+    from hf_mamba.integrations.cards import CARD, card_of_folder, facts_of_card, is_placeholder, read_card
 
     file = folder / CARD
     try:
-        old = ModelCard.load(file) if file.is_file() else None
+        old = read_card(file) if file.is_file() else None
         if check:
             if old is None:
                 fail(f"{folder} has no {CARD}; `hf-mamba card {folder}` writes one.")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -34,6 +35,7 @@ __all__ = [
     "is_placeholder",
     "model_card",
     "pipeline_tag",
+    "read_card",
     "report_results",
     "state_bytes",
     "write_missing_card",
@@ -195,6 +197,20 @@ def write_missing_card(model: "PreTrainedModel", folder: str | os.PathLike) -> N
         return
     facts = CardFacts(base_model=hub_id(model.config._name_or_path))
     model_card(model, folder.absolute().name, facts).save(folder / CARD)
+
+
+def read_card(place: str | Path, token: str | bool | None = None) -> ModelCard:
+    """The card in a file, or of a repository on the Hub.
+
+    Raises:
+        ValueError: its metadata cannot be read.
+    """
+    try:
+        return ModelCard.load(place, token=token)  # type: ignore[arg-type]
+    except (ValueError, yaml.YAMLError) as error:
+        if isinstance(error, HFValidationError):
+            raise
+        raise ValueError(f"The metadata at the top of the model card {place} cannot be read: {error}") from error
 
 
 def fill_metadata(card: ModelCard, facts: CardFacts) -> None:

@@ -29,6 +29,7 @@ from .cards import (
     fill_metadata,
     hub_id,
     is_placeholder,
+    read_card,
 )
 from .weight_files import check_weight_files
 
@@ -215,7 +216,7 @@ def push_folder(
         repo_id = f"{_patiently(api.whoami)['name']}/{repo_id}"
     validate_repo_id(repo_id)
 
-    card = _parsed(folder / CARD) if CARD in files else None
+    card = read_card(folder / CARD) if CARD in files else None
     if card is None or keep_card or is_placeholder(card):
         remote = _patiently(lambda: _card_of(repo_id, token))
         if remote is not None and not is_placeholder(remote):
@@ -350,22 +351,15 @@ def _remote_code(folder: Path) -> Files:
 def _card_of(repo_id: str, token: str | bool | None) -> ModelCard | None:
     """The card of a repository, if there are both."""
     try:
-        return ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
+        return read_card(repo_id, token)
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
-
-
-def _parsed(file: Path) -> ModelCard:
-    try:
-        return ModelCard.load(file)
-    except ValueError as error:
-        raise ValueError(f"the metadata at the top of {file} cannot be read: {error}") from error
 
 
 def _licence_of(origin: str, token: str | bool | None) -> str | None:
     """The licence that the card of a folder or repository states, if it states one."""
     if Path(origin).is_dir():
-        card = _parsed(Path(origin) / CARD) if (Path(origin) / CARD).is_file() else None
+        card = read_card(Path(origin) / CARD) if (Path(origin) / CARD).is_file() else None
     else:
         card = None if hub_id(origin) is None else _card_of(origin, token)
     return None if card is None else facts_of_card(card).license

@@ -111,6 +111,8 @@ def spoil(folder: Path, how: str) -> None:
         (folder / "config.json").unlink()
     elif how == "metadata":
         (folder / "README.md").write_text("---\n- a\n- list\n---\n")
+    elif how == "yaml":
+        (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,7 @@ def spoil(folder: Path, how: str) -> None:
         ("path", ["generation_config.json", "`source`", "/home/me/data"]),
         ("no config", ["config.json"]),
         ("metadata", ["README.md", "metadata"]),
+        ("yaml", ["README.md", "metadata"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
