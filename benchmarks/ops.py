@@ -67,7 +67,7 @@ def ops(
     output: Annotated[Path | None, typer.Option("--out", "--output", help="Default: in benchmarks/results.")] = None,
 ) -> None:
     """Check and time the ops at the shapes of the "Numbers to beat", forward and forward + backward, in bf16."""
-    console = table_console()
+    console = table_console(width=190)
     budget = Budget(seconds)
     try:
         names = parse_names(op, "--op", tuple(OPS))
@@ -237,7 +237,7 @@ def _print_rows(record: Record, console: Console) -> None:
     """One table: every row, slower contenders and refused ones included."""
     table = Table(title=f"ops, bf16; copy {record.settings.get('copy GB/s', 0):.0f} GB/s", title_justify="left")
     for name in ("op", "shape", "contender", "mode"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("p20 ms", "p50 ms", "p80 ms", "target", "of floor", "host ms", "MiB", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("note")

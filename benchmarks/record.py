@@ -167,10 +167,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def table_console() -> Console:
+def table_console(width: int = 150) -> Console:
     """A console wide enough for the tables when the output is a file."""
     console = Console()
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal else Console(width=width)
 
 
 def commit() -> str | None:
