@@ -100,7 +100,7 @@ def _with_checked_config(original: Callable) -> Callable:
             config = tuner.peft_config[adapter_name]
             _fill_in_targets(config, model)
             _refuse_unknown_names(config, model)
-            _refuse_vectors(config, model)
+            _refuse_parameters(config, model)
             if getattr(model.config, "tie_word_embeddings", False):
                 _name_tied_head(config)
         original(tuner, model, adapter_name, *args, **kwargs)
@@ -159,15 +159,22 @@ def _refuse_unknown_names(config: Any, model: nn.Module) -> None:
             )
 
 
-def _refuse_vectors(config: Any, model: nn.Module) -> None:
-    """Raise ValueError for a target parameter that has no rank to be low."""
+def _refuse_parameters(config: Any, model: nn.Module) -> None:
+    """Raise ValueError for a target parameter that no low-rank factors can change."""
     for target in getattr(config, "target_parameters", None) or ():
         for name, parameter in model.named_parameters():
-            if parameter.dim() < 2 and (name == target or name.endswith(f".{target}")):
+            if name != target and not name.endswith(f".{target}"):
+                continue
+            if parameter.dim() < 2:
                 raise ValueError(
                     f"`target_parameters` names {target!r}, which is a vector of shape {tuple(parameter.shape)}: an adapter "
                     "of low rank needs a matrix. Train it without PEFT, by setting `requires_grad`, or with its whole module "
                     "in `modules_to_save`."
+                )
+            if ".router." in name:
+                raise ValueError(
+                    f"`target_parameters` names {target!r}, but a router is more than its weight: train it whole with "
+                    "modules_to_save=['router']."
                 )
 
 

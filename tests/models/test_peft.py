@@ -472,6 +472,13 @@ def test_targets_that_cannot_be_are_refused(config, message: str) -> None:
         get_peft_model(make_model("mamba2"), copy.deepcopy(config))
 
 
+def test_router_is_trained_whole_or_not_at_all() -> None:
+    with pytest.raises(ValueError, match=r"modules_to_save=\['router'\]"):
+        get_peft_model(make_model("moe_mamba"), LoraConfig(target_parameters=["router.weight"]))
+    adapted = adapt(make_model("moe_mamba"), LoraConfig(r=2, modules_to_save=["router"]))
+    assert_gradients_reach_everything_trainable(adapted)
+
+
 def test_adapter_of_another_model_is_refused(tmp_path) -> None:
     adapt(make_model("mamba2"), LoraConfig(r=2)).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"size mismatch for .*in_proj"):
