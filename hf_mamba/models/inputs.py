@@ -120,17 +120,13 @@ def check_cache(cache: Cache, layers: nn.ModuleList) -> None:
     """
     advice = "; it belongs to another model. Pass RecurrentCache(model.config), or none."
     if len(cache.layers) != len(layers):
-        raise ValueError(
-            f"The cache holds {len(cache.layers)} layers, but the model has {len(layers)}{advice}"
-        )
+        raise ValueError(f"The cache holds {len(cache.layers)} layers, but the model has {len(layers)}{advice}")
     for states, layer in zip(cache.layers, layers, strict=True):
         mixer = getattr(layer, "mixer", None)
         if mixer is None:
             continue
         if not isinstance(states, LinearAttentionLayer):
-            raise ValueError(
-                f"The cache holds a {type(states).__name__}, which has no recurrent state{advice}"
-            )
+            raise ValueError(f"The cache holds a {type(states).__name__}, which has no recurrent state{advice}")
         if states.has_previous_state[0]:
             conv_shape, ssm_shape = mixer.state_shapes
             conv_given, ssm_given = (

@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "MOST_ROWS", "OPS", "backend", "forced_backend", "left_to_eager", "on_device", "select", "warn_once"]
+__all__ = [
+    "BACKENDS",
+    "MOST_ROWS",
+    "OPS",
+    "backend",
+    "forced_backend",
+    "left_to_eager",
+    "on_device",
+    "select",
+    "warn_once",
+]
 
 BACKENDS = ("triton", "eager", "reference")
 
