@@ -286,7 +286,9 @@ class Handler(BaseHTTPRequestHandler):
             self.create(json.loads(content))
             return
         repo_id, action, branch = "/".join(parts[2:4]), parts[4], parts[5]
-        if not self.may_write(parts[2]) or not self.visible(repo_id):
+        proposing = "create_pr=1" in urlsplit(self.path).query
+        # everybody may propose a change to what they see
+        if (not (proposing and self.user) and not self.may_write(parts[2])) or not self.visible(repo_id):
             return
         if action == "branch":
             if hub.branch(repo_id, branch) is not None:
@@ -303,6 +305,9 @@ class Handler(BaseHTTPRequestHandler):
         elif hub.broken:
             self.answer_json({"error": "the disk of the hub is full"}, 500)
         else:
+            if proposing:
+                branch = f"refs/pr/{1 + sum(owner == repo_id for owner, _ in hub.branches)}"
+                hub.branches[repo_id, branch] = dict(hub.repositories[repo_id])
             self.commit(repo_id, branch, [json.loads(line) for line in content.splitlines()])
 
     def create(self, request: dict[str, Any]) -> None:
@@ -343,15 +348,19 @@ class Handler(BaseHTTPRequestHandler):
         current.update(files)
         commit = hub.commit(repo_id, files)
         url = f"{hub.endpoint}/{repo_id}/commit/{commit}"
-        self.answer_json({"success": True, "commitOid": commit, "commitUrl": url})
+        answer = {"success": True, "commitOid": commit, "commitUrl": url}
+        if branch.startswith("refs/pr/"):
+            answer["pullRequestUrl"] = f"{hub.endpoint}/{repo_id}/discussions/{branch.split('/')[-1]}"
+        self.answer_json(answer)
 
     # large files
 
     def lfs_batch(self, repo_id: str, request: dict[str, Any]) -> None:
         """Where to upload each object; nowhere if it is there already, which is how an interrupted upload goes on."""
-        if not self.may_write(repo_id.split("/")[0]):
-            return
         hub = self.hub
+        if self.user is None:
+            self.refuse(401, "Unauthorized")
+            return
         answers = []
         for wanted in request["objects"]:
             if wanted["oid"] not in hub.objects:

@@ -76,6 +76,15 @@ def test_push_to_a_branch(folder: Path, hub: Hub) -> None:
     assert hub.repositories["me/tiny"] == {} and "config.json" in hub.branches["me/tiny", "next"]
 
 
+def test_push_proposes_a_change_to_a_foreign_repository(folder: Path, hub: Hub) -> None:
+    hub.repositories["you/tiny"] = {"notes.md": b"yours"}
+    result = run("push", folder, "you/tiny", "--license", "mit", "--create-pr")
+    assert result.exit_code == 0, result.output
+    assert f"Uploaded to {hub.endpoint}/you/tiny/discussions/1" in result.stdout
+    assert hub.repositories["you/tiny"] == {"notes.md": b"yours"}
+    assert {"notes.md", "config.json", "README.md"} <= set(hub.branches["you/tiny", "refs/pr/1"])
+
+
 def test_push_an_adapter_that_peft_saved(hub: Hub, tmp_path: Path) -> None:
     """PEFT's own card names a folder of this machine as the base model, and says nothing else."""
     make_model("mamba").save_pretrained(tmp_path / "base")
