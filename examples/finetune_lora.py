@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import accelerate
 import torch
 from language_modeling import TrainingWindows, encode, evaluate, read_documents
 from peft import LoraConfig, get_peft_model
@@ -147,7 +148,7 @@ def sample(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, arguments
 def finetune(arguments: Arguments) -> dict[str, Any]:
     """Train, save the adapter, and return what was measured before and after.
 
-    In a run on several GPUs every process measures, and the first one saves.
+    In a run on several GPUs every process measures, and the first one saves and prints.
     """
     set_seed(arguments.seed)
     train_documents, held_out = load_text(arguments)
@@ -216,6 +217,8 @@ def main() -> None:
         report = finetune(arguments)
     except (ValueError, ImportError) as error:
         parser.exit(2, f"finetune_lora.py: error: {error}\n")
+    if not accelerate.PartialState().is_main_process:
+        return
     print(
         f"{report['trainable']:,} of {report['parameters']:,} parameters trained for {arguments.steps} steps in "
         f"{report['seconds']} s"

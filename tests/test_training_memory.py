@@ -203,6 +203,9 @@ def test_checkpointing_of_a_frozen_model_with_an_adapter(kind: str) -> None:
 def test_training_step_compiles_without_a_graph_break(kind: str) -> None:
     """Forward, loss and backward, with checkpointing and without the logits; moe_mamba holds a Mamba layer as well."""
     model = make_model(kind, num_hidden_layers=1 if kind == "mamba2" else 2).train()
+    if kind == "moe_mamba":
+        # in transformers 5.17 the grouped product on a CPU asks how many tokens each expert has
+        model.set_experts_implementation("batched_mm")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     inputs = {"input_ids": IDS, "labels": IDS, "skip_logits": True}
     expected = step(model, **inputs)
