@@ -17,21 +17,14 @@ from hf_mamba.models.sharding import HEAD_FSDP_PLAN
 from .models.builders import ALL_MODELS, make_model, random_ids
 from .training_worker import KINDS, STEPS
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
-)
 
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The folder that two processes have left."""
-    folder = tmp_path_factory.mktemp("distributed")
-    root = Path(__file__).parents[1]
+def run_two_processes(folder: Path) -> None:
+    """Let `training_worker` fill the folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.training_worker", str(rank), str(folder)],
-            cwd=root,
+            cwd=Path(__file__).parents[1],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -41,27 +34,27 @@ def trained(tmp_path_factory) -> Path:
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_have_the_losses_of_one(trained: Path, kind: str, strategy: str) -> None:
-    losses = json.loads((trained / "losses.json").read_text())[kind]
-    alone, together = torch.tensor(losses["alone"]), torch.tensor(losses[strategy])
-    assert len(alone) == STEPS
-    assert (together - alone).abs().max() <= 1e-5 * alone.max()
-    assert alone[-5:].mean() < alone[:5].mean()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_two_processes_saved_loads_on_one(trained: Path, kind: str) -> None:
-    first, second = (AutoModelForCausalLM.from_pretrained(trained / f"{name}-{kind}") for name in ("ddp", "fsdp2"))
-    ids = random_ids(2, 9)
-    with torch.no_grad():
-        logits = first(ids).logits
-        assert (logits - second(ids).logits).abs().max() <= 1e-4
-        assert (logits - make_model(kind)(ids).logits).abs().max() > 0.01
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_have_the_losses_of_one_and_save_what_one_loads(tmp_path) -> None:
+    """One test, so that parallel test processes do not start the two several times."""
+    run_two_processes(tmp_path)
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    for kind in KINDS:
+        alone = torch.tensor(losses[kind]["alone"])
+        assert len(alone) == STEPS and alone[-5:].mean() < alone[:5].mean()
+        for strategy in ("ddp", "fsdp2"):
+            together = torch.tensor(losses[kind][strategy])
+            assert (together - alone).abs().max() <= 1e-5 * alone.max(), (kind, strategy)
+        first, second = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-{kind}") for name in ("ddp", "fsdp2")
+        )
+        ids = random_ids(2, 9)
+        with torch.no_grad():
+            logits = first(ids).logits
+            assert (logits - second(ids).logits).abs().max() <= 1e-4, kind
+            assert (logits - make_model(kind)(ids).logits).abs().max() > 0.01, kind
 
 
 @ALL_MODELS
