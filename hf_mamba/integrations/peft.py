@@ -2,10 +2,11 @@
 
 PEFT refuses adapters on `out_proj` for the model types of Mamba, because transformers' own classes read that layer's weight
 without calling the layer. The mixers here call all their layers and say so with `supports_lora_everywhere`. For models made
-of such mixers, and for no others, `enable` changes four things in PEFT:
+of such mixers, and for no others, `enable` changes five things in PEFT:
 
 - `out_proj` may be a target; the convolution may not, whatever the method, since its module is not a plain layer;
 - an adapter configuration without `target_modules` gets `DEFAULT_TARGETS`;
+- `modules_to_save` may name `A_log`, `D` and `dt_bias`, which are parameters of the mixers and not modules;
 - a name in `target_modules` or `modules_to_save` that no model type has is an error, where PEFT ignores it as long as another
   one matches;
 - before an adapter on the embedding or the head is merged, the two cease to share one weight.
@@ -17,7 +18,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.utils import logging
 
 __all__ = ["DEFAULT_TARGETS", "disable", "enable"]
@@ -33,6 +36,9 @@ DEFAULT_NORM_TARGETS = ("norm", "norm_f", "feedforward_norm")
 OWN_DEFAULTS = ("TRAINABLE_TOKENS", "XLORA", "SHADOW", "OSF")
 
 CONVOLUTION = "conv1d"
+# parameters of the recurrence, and where torch puts the module that changes one of them
+RECURRENCE = ("A_log", "D", "dt_bias")
+PLACE = "parametrizations.{}.0"
 # a list of targets may name layers that only another of the model types has
 KNOWN_NAMES = frozenset(
     "in_proj x_proj dt_proj out_proj embeddings lm_head score classifier up_proj gate_up_proj down_proj".split()
@@ -57,6 +63,7 @@ def enable() -> None:
     # methods with shared matrices look for their targets before that
     _replace(tuner, "_prepare_adapter_config", _with_default_targets)
     _replace(tuner, "_check_merge_allowed", _with_separate_head)
+    _replace(tuner, "_unload_and_optionally_merge", _with_plain_parameters)
     # this one merges without asking whether it may
     _replace(MixedModel, "_unload_and_optionally_merge", _with_separate_head)
 
@@ -75,9 +82,14 @@ def _replace(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Non
         setattr(owner, name, functools.wraps(original)(wrap(original)))
 
 
+def _mixers(model: nn.Module) -> list[nn.Module]:
+    """The mixers of `model`, told by their convolution."""
+    return [module for module in model.modules() if CONVOLUTION in module._modules]
+
+
 def _supports_lora_everywhere(model: nn.Module) -> bool:
-    """Whether all mixers of `model`, told by their convolution, call every layer they have."""
-    mixers = [module for module in model.modules() if CONVOLUTION in module._modules]
+    """Whether all mixers of `model` call every layer they have."""
+    mixers = _mixers(model)
     return bool(mixers) and all(getattr(mixer, "supports_lora_everywhere", False) for mixer in mixers)
 
 
@@ -99,6 +111,7 @@ def _with_checked_config(original: Callable) -> Callable:
         if _supports_lora_everywhere(model):
             config = tuner.peft_config[adapter_name]
             _fill_in_targets(config, model)
+            _make_modules_of_parameters(config, model)
             _refuse_unknown_names(config, model)
             _refuse_parameters(config, model)
             if getattr(model.config, "tie_word_embeddings", False):
@@ -124,6 +137,44 @@ def _with_separate_head(original: Callable) -> Callable:
         return original(tuner, *args, **kwargs)
 
     return merge
+
+
+class ParameterShift(nn.Module):
+    """Adds a trainable tensor, zero at first, to a parameter: a module that PEFT can keep in an adapter."""
+
+    def __init__(self, parameter: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros_like(parameter))
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """(…) → (…), of the parameter's shape and dtype."""
+        return parameter + self.weight
+
+
+def _with_plain_parameters(original: Callable) -> Callable:
+    def unload(tuner: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        model = original(tuner, merge, *args, **kwargs)
+        for mixer in _mixers(model):
+            for name in RECURRENCE:
+                if parametrize.is_parametrized(mixer, name):
+                    parametrize.remove_parametrizations(mixer, name, leave_parametrized=merge)
+        return model
+
+    return unload
+
+
+def _make_modules_of_parameters(config: Any, model: nn.Module) -> None:
+    """Let `modules_to_save` find the parameters of the recurrence that it names, by name or as a saved adapter has them."""
+    given = getattr(config, "modules_to_save", None) or []
+    places = {name: PLACE.format(name) for name in RECURRENCE}
+    wanted = [name for name in RECURRENCE if name in given or places[name] in given]
+    for mixer in _mixers(model):
+        for name in wanted:
+            if name in mixer._parameters:
+                parameter = mixer.get_parameter(name)
+                parametrize.register_parametrization(mixer, name, ParameterShift(parameter))
+    if wanted:
+        config.modules_to_save = [places.get(name, name) for name in given]
 
 
 def _fill_in_targets(config: Any, model: nn.Module) -> None:
@@ -168,8 +219,7 @@ def _refuse_parameters(config: Any, model: nn.Module) -> None:
             if parameter.dim() < 2:
                 raise ValueError(
                     f"`target_parameters` names {target!r}, which is a vector of shape {tuple(parameter.shape)}: an adapter "
-                    "of low rank needs a matrix. Train it without PEFT, by setting `requires_grad`, or with its whole module "
-                    "in `modules_to_save`."
+                    "of low rank needs a matrix. Name it in `modules_to_save` instead."
                 )
             if ".router." in name:
                 raise ValueError(

@@ -297,6 +297,43 @@ def test_whole_modules_beside_an_adapter(kind: str, tmp_path) -> None:
     assert (result - before).abs().max() > 1e-2
 
 
+@KINDS
+def test_recurrence_is_trained_whole_beside_an_adapter(kind: str, tmp_path) -> None:
+    """`A_log`, `D` and `dt_bias` are parameters and not modules, which PEFT alone could neither train nor save."""
+    names = ["A_log", "D"] + (["dt_bias"] if kind == "mamba2" else [])
+    model = make_model(kind)
+    before = logits(model)
+    adapted = adapt(copy.deepcopy(model), LoraConfig(r=2, modules_to_save=names), std=0.3)
+    assert_gradients_reach_everything_trainable(adapted)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert all(any(f".{name}." in trainee for trainee in trained) for name in names)
+    result = logits(adapted)
+    with torch.no_grad(), adapted.disable_adapter():
+        assert torch.equal(adapted(input_ids=IDS).logits, before)
+    ids = adapted.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
+    assert ids.shape[0] == 2
+
+    adapted.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded), result)
+    reloaded.add_adapter("other", LoraConfig(r=2, modules_to_save=names))
+    reloaded.set_adapter("other")
+    assert relative_error(logits(reloaded), before) <= TOLERANCE
+    reloaded.set_adapter("default")
+    assert torch.equal(logits(reloaded), result)
+    assert logits(reloaded.unload()).equal(before)
+
+    merged = adapted.merge_and_unload()
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in model.named_parameters()}
+    mixer = next(layer.mixer for layer in merged.backbone.layers if layer.mixer is not None)
+    assert mixer.A_log.dtype == torch.float32 and not torch.equal(
+        mixer.D, model.get_parameter("backbone.layers.0.mixer.D")
+    )
+    assert relative_error(logits(merged), result) <= TOLERANCE
+    merged.save_pretrained(tmp_path / "merged")
+    assert relative_error(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), result) <= TOLERANCE
+
+
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "moe_mamba"])
 def test_low_rank_change_of_A_log(kind: str) -> None:
     model = make_model(kind)
