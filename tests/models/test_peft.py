@@ -387,6 +387,23 @@ def test_merging_with_tied_embeddings(kind: str, targets: str, tmp_path) -> None
     assert merged.config.tie_word_embeddings == tied
 
 
+def test_merging_mixed_adapters_with_tied_embeddings() -> None:
+    """Adapters of several methods in one model, which PEFT merges in a way of its own."""
+    model = make_model("mamba2", tie_word_embeddings=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mixed = get_peft_model(
+            model, LoraConfig(r=2, target_modules=["embeddings", "in_proj"]), adapter_name="lora", mixed=True
+        )
+        mixed.add_adapter("loha", LoHaConfig(r=2, target_modules=["out_proj"]))
+    mixed.set_adapter(["lora", "loha"])
+    randomise_adapter(mixed)
+    result = logits(mixed.eval())
+    merged = mixed.merge_and_unload()
+    assert relative_error(logits(merged), result) <= TOLERANCE
+    assert not merged.config.tie_word_embeddings
+
+
 # --- files, several adapters, switching -------------------------------------------------------------------------------
 
 
