@@ -181,12 +181,7 @@ class _Progress:
         stops_early = bool(self.loop.eos_token_ids) or bool(self.loop.host_criteria)
         waits = bool(self.loop.host_criteria) or (self.kept and stops_early)
         self.run_ahead = 0 if waits else RUN_AHEAD
-        batch, device = self.sampler.finished.shape[0], self.sampler.ids.device
-        pinned = device.type == "cuda"
-        self.free = [
-            (torch.zeros(2, batch, dtype=torch.int64, pin_memory=pinned), torch.cuda.Event() if pinned else None)
-            for _ in range(self.run_ahead + 1)
-        ]
+        self.free = self.sampler.host_slots(self.run_ahead + 1)
 
     def model_stepped(self) -> None:
         """After the model has read a token of every row: rows for which that was the end token are done."""

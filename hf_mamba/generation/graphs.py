@@ -7,10 +7,12 @@ weights that are changed in place, by an optimiser or by merging an adapter, are
 Symbols: B batch, V vocabulary.
 """
 
+import contextlib
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -36,15 +38,19 @@ class CudaGraph:
 
     def __init__(self, function: Callable[[], None], device: torch.device):
         self.graph = torch.cuda.CUDAGraph()
+        self.pool = memory_pool(device)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
+            for _ in range(WARM_UPS - 1):
+                function()
+            # a look at a tensor's values is an error here, where it does no harm yet
+            with _no_synchronisation():
                 function()
         torch.cuda.current_stream(device).wait_stream(stream)
         # other threads may go on using the device
-        mode = {"pool": memory_pool(device), "capture_error_mode": "thread_local"}
-        with torch.cuda.device(device), torch.cuda.graph(self.graph, **mode):
+        captured = torch.cuda.graph(self.graph, pool=self.pool.handle, capture_error_mode="thread_local")
+        with torch.cuda.device(device), captured:
             function()
 
     def replay(self) -> None:
@@ -54,14 +60,40 @@ class CudaGraph:
 # held while graphs are looked up and captured
 CAPTURING = threading.Lock()
 
-_pools: dict[torch.device, Any] = {}
+
+class MemoryPool:
+    """Memory that the graphs on a device share: they never run at the same time, so what is not kept can be.
+
+    It ends with the last of its graphs, all of which hold it; torch does not take up again what has ended.
+    """
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
 
 
-def memory_pool(device: torch.device) -> Any:
-    """One pool for all graphs on a device: they never run at the same time, so they can share what is not kept."""
-    if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
-    return _pools[device]
+_pools: "weakref.WeakValueDictionary[torch.device, MemoryPool]" = weakref.WeakValueDictionary()
+
+
+def memory_pool(device: torch.device) -> MemoryPool:
+    """The pool of the graphs that there are on a device, or a new one."""
+    pool = _pools.get(device)
+    if pool is None:
+        pool = _pools[device] = MemoryPool()
+    return pool
+
+
+@contextlib.contextmanager
+def _no_synchronisation() -> Iterator[None]:
+    """Raise RuntimeError where torch would wait for the device."""
+    previous = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        # that it does not find everything, which capturing then does
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(previous)
 
 
 def capture(function: Callable[[], None], device: torch.device) -> Any:
@@ -74,6 +106,14 @@ def capture(function: Callable[[], None], device: torch.device) -> Any:
     state = torch.cuda.get_rng_state(device)
     try:
         return CudaGraph(function, device)
+    except BaseException:
+        # a capture that breaks off leaves the generator waiting for its end, and every later random number an error
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+        # graphs that draw from the one before would no longer follow the seed
+        _graphs.clear()
+        raise
     finally:
         torch.cuda.synchronize(device)
         torch.cuda.set_rng_state(state, device)

@@ -91,6 +91,8 @@ class TokenSampler:
         self.eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device) if eos_token_ids else None
         # what the host wants to know of a step: the tokens and which rows have finished
         self.report = torch.zeros(2, batch, dtype=torch.int64, device=device)
+        # where reports wait for the host, each with an event that says when it has arrived; made when they are needed
+        self.slots: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self.scores = torch.zeros_like(logits)
         # for each minimum: below which length which tokens are forbidden
         self.minimums: dict[int, tuple[Tensor, Tensor]] = {}
@@ -113,6 +115,14 @@ class TokenSampler:
         self.finished.fill_(False)
         for index, (least, _) in self.minimums.items():
             least.fill_(minimum_length(logits_processors[index]))
+
+    def host_slots(self, count: int) -> list[tuple[Tensor, "torch.cuda.Event | None"]]:
+        """`count` places (2, B) in memory of the host that copies need not wait for, kept for the next call."""
+        pinned = self.report.device.type == "cuda"
+        while len(self.slots) < count:
+            place = torch.zeros(self.report.shape, dtype=self.report.dtype, pin_memory=pinned)
+            self.slots.append((place, torch.cuda.Event() if pinned else None))
+        return self.slots[:count]
 
     def __call__(self) -> None:
         """One token for each row from `logits`."""

@@ -433,6 +433,28 @@ def test_options_of_a_generation_config(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
+def test_a_capture_that_breaks_off_leaves_the_device_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    model = make_talker("mamba").to(device)
+    ids = random_ids(1, 5).to(device)
+    expected = stock(model, ids, max_new_tokens=STEPS, **GREEDY)
+    forward = graphs.DecodeStep._forward
+
+    def breaks_off(self: graphs.DecodeStep) -> None:
+        forward(self)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+
+    monkeypatch.setattr(graphs.DecodeStep, "_forward", breaks_off)
+    assert torch.equal(model.generate(ids, max_new_tokens=STEPS, **GREEDY), expected)
+    monkeypatch.undo()
+    assert torch.rand(3, device=device).isfinite().all()
+    other = make_talker("mamba2").to(device)
+    options = {"max_new_tokens": STEPS, "do_sample": True, "eos_token_id": None}
+    assert torch.equal(generate(other, ids, replayed=None, **options), stock(other, ids, **options))
+
+
+@pytest.mark.gpu
 def test_memory_is_constant_over_10000_tokens() -> None:
     device = torch.device("cuda", 0)
     model = make_talker("mamba2").to(device)

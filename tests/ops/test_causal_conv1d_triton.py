@@ -196,7 +196,9 @@ def test_lengths_on_gpu(length: int, dtype: torch.dtype) -> None:
 def test_shapes_on_gpu(shape: dict[str, Any], dtype: torch.dtype) -> None:
     operands = make_operands(**({"batch": 2, "length": 257, "channels": 96} | shape), dtype=dtype, device="cuda")
     activation = None if shape.get("bare") else "silu"
-    assert_within_tolerance(errors_of(operands, oracle="eager", activation=activation), dtype)
+    # with one tap there is no state to differentiate
+    without = "final_states" if shape.get("taps") == 1 else None
+    assert_within_tolerance(errors_of(operands, without, oracle="eager", activation=activation), dtype)
 
 
 @pytest.mark.gpu

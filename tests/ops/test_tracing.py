@@ -1,5 +1,6 @@
 """The Triton ops are one graph to `torch.compile`: traced here without a GPU, forward and backward, and never run."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mamba_kernels
+from mamba_kernels import dispatch
 
 pytest.importorskip("triton")
 
@@ -93,3 +95,14 @@ def test_traces_without_graph_breaks(monkeypatch: pytest.MonkeyPatch, case: str)
     compiled = torch.compile(getattr(mamba_kernels, op), fullgraph=True, backend=lambda graph, example: stop)
     with mamba_kernels.backend("triton"), torch.set_grad_enabled(case in PARALLEL), pytest.raises(Traced):
         compiled(*operands, **options)
+
+
+def test_whether_triton_works_is_a_constant() -> None:
+    """As on a GPU: torch must not look into the probe, nor through its cache."""
+
+    def call(x: Tensor) -> Tensor:
+        return x + 1 if dispatch._triton_works("xpu", 0) else x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1.0, 1.0]

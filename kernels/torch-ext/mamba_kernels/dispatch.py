@@ -156,11 +156,15 @@ def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = No
     return True
 
 
-# a constant to torch.compile, which cannot look into it
+# a constant to torch.compile, which cannot look into it; it would look through a cache around it
 @torch.compiler.assume_constant_result
-@cache
 def _triton_works(device_type: str, index: int | None) -> bool:
     """Whether Triton kernels run on a device; warns with the reason and the cure if they do not."""
+    return _try_device(device_type, index)
+
+
+@cache
+def _try_device(device_type: str, index: int | None) -> bool:
     if importlib.util.find_spec("triton") is None:
         warn_once(
             "mamba_kernels: Triton is not installed, so the operators run as plain torch on this GPU, which is slower. "

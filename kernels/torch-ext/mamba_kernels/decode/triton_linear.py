@@ -36,6 +36,8 @@ class Tuning(NamedTuple):
 # by the rows of x: the partial sums of all of them are in registers. 1024 columns are 8 for each of 128 threads, 16 bytes of a
 # weight in half precision, and every row of the weight lies in all threads alike: anything else moves x between threads
 TUNING = {1: Tuning(4, 1024, 4), 2: Tuning(2, 1024, 4), 4: Tuning(1, 1024, 4)}
+# for one row and many outputs, what was fastest among six tunings at a width that published models have (docs/performance.md)
+MEASURED = {2560: Tuning(4, 2048, 8), 5120: Tuning(4, 512, 2)}
 # a grid of fewer programs than this leaves multiprocessors idle
 FEWEST_PROGRAMS = 264
 
@@ -124,9 +126,11 @@ def _fused_linear_kernel(
         tl.store(y + b * outputs + o, total.to(y.dtype.element_ty), mask=is_output)
 
 
-def choose(rows: int, inputs: int, outputs: int, group: int) -> Tuning:
+def choose(rows: int, inputs: int, outputs: int, group: int, gated: bool = False) -> Tuning:
     """The tuning for B = `rows`; a block of columns lies within one group of the norm."""
     tuning = TUNING[triton.next_power_of_2(rows)]
+    if rows == 1 and not gated and inputs in MEASURED and outputs >= 4 * FEWEST_PROGRAMS:
+        tuning = MEASURED[inputs]
     block = min(tuning.inputs, triton.next_power_of_2(inputs))
     while block > 16 and group < inputs and group % block:
         block //= 2
@@ -150,7 +154,7 @@ def fused_linear_triton(
     rows, inputs = x.shape
     outputs = weight.shape[0]
     group = inputs if group_size is None else group_size
-    tuning = choose(min(max(rows, 1), MOST_ROWS), inputs, outputs, group) if inputs else None
+    tuning = choose(min(max(rows, 1), MOST_ROWS), inputs, outputs, group, z is not None) if inputs else None
     splits_badly = tuning is None or (group < inputs and group % tuning.inputs != 0)
     if rows > MOST_ROWS or outputs == 0 or splits_badly or left_to_eager(x, weight, bias, norm_weight, z, residual):
         return fused_linear_eager(
