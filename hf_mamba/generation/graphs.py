@@ -30,7 +30,7 @@ MEMORY_SHARE = 0.1
 WARM_UPS = 2
 
 MODULE_FIELDS = frozenset(vars(nn.Module()))
-SIMPLE = (bool, int, float, str, type(None))
+SIMPLE = frozenset((bool, int, float, str, type(None)))
 
 
 class CudaGraph:
@@ -136,7 +136,11 @@ def fingerprint(model: nn.Module) -> Hashable | None:
         entries.append(kind)
         if not kind.__module__.startswith("torch.nn."):
             # adapters that are active, scalings, flags
-            entries.append(repr({k: v for k, v in vars(module).items() if k not in MODULE_FIELDS and is_simple(v)}))
+            for name, value in vars(module).items():
+                if type(value) in SIMPLE:
+                    entries.append((name, value))
+                elif name not in MODULE_FIELDS and is_simple(value):
+                    entries.append((name, repr(value)))
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is None:
@@ -154,7 +158,7 @@ def is_simple(value: Any) -> bool:
         return all(is_simple(key) and is_simple(item) for key, item in value.items())
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(is_simple, value))
-    return isinstance(value, SIMPLE)
+    return type(value) in SIMPLE
 
 
 class DecodeStep:
