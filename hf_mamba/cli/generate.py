@@ -1,9 +1,7 @@
 """`hf-mamba generate`: stream a continuation of a prompt to standard output, with a report on standard error."""
 
-import re
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,15 +9,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_mamba.cli.console import fail, report_console
+from hf_mamba.cli.loading import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    check_options,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["generate"]
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def generate(
@@ -36,27 +40,24 @@ def generate(
         float | None, typer.Option(help="Sample among the likeliest tokens that reach this probability together.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Make sampling repeatable.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto is the checkpoint's.")] = "auto",
-    device: Annotated[str, typer.Option(help="Such as cpu, cuda, cuda:1; auto is a GPU where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     echo: Annotated[bool, typer.Option(help="Print the prompt before its continuation.")] = True,
 ) -> None:
     """Continue PROMPT with MODEL, printing tokens as they come; speed and memory are reported on standard error."""
     sampling = _sampling(temperature, top_k, top_p, seed)
     if max_new_tokens < 1:
         fail(f"--max-new-tokens must be at least 1, got {max_new_tokens}.")
-    if dtype not in DTYPES:
-        fail(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if not Path(model).expanduser().is_dir():
-        _check_name(model)
+    check_options(model, dtype)
     text = _prompt(prompt)
 
     # a plain line, not a spinner: transformers and the Hub draw their own progress bars
     report_console().print(f"[dim]Loading {escape(model)}[/]", soft_wrap=True)
     import torch
 
-    chosen = _device(device)
-    path = _resolve(model)
-    tokenizer = _load_tokenizer(path)
+    chosen = choose_device(device)
+    path = resolve(model)
+    tokenizer = load_tokenizer(path)
     encoded = tokenizer(text, return_tensors="pt")
     if encoded["input_ids"].shape[-1] == 0:
         # transformers builds an empty tokenizer, without a word, for a folder that has no tokenizer files
@@ -64,7 +65,7 @@ def generate(
             f"the tokenizer of {model} makes no tokens of this prompt: are its files (tokenizer.json) there? "
             "tokenizer.save_pretrained() writes them."
         )
-    loaded: Any = _load_model(path, dtype, chosen)
+    loaded: Any = load_model(path, dtype, chosen)
 
     if seed is not None:
         torch.manual_seed(seed)
@@ -129,80 +130,6 @@ def _prompt(prompt: str | None) -> str:
     if not prompt.strip():
         fail("the prompt is empty; give a few words to continue.")
     return prompt
-
-
-def _check_name(model: str) -> None:
-    """Refuse what can be neither a folder nor an id on the Hub, before anything heavy is imported."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        fail(f"{model} is a file; give the folder that holds config.json and the weights.")
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model
-    if looks_like_path or HUB_ID.fullmatch(model) is None:
-        fail(f"there is no folder {model!r}; give a model folder, an id on the Hub such as owner/name, or demo.")
-
-
-def _resolve(model: str) -> str:
-    """The folder or Hub id to load."""
-    if model == "demo":
-        from hf_mamba import demo_checkpoint
-
-        try:
-            return demo_checkpoint()
-        except FileNotFoundError as error:
-            fail(str(error))
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        return model
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            fail(f"{model} holds a PEFT adapter, not a model; merge it into its base model first and save that.")
-        fail(f"the folder {model!r} has no config.json; give the folder that save_pretrained() wrote.")
-    return str(path)
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        for kind, available in (("cuda", torch.cuda.is_available), ("xpu", torch.xpu.is_available)):
-            if available():
-                return torch.device(kind)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} cannot be used: {_first_line(error)}. Leave it out, or run `hf-mamba env`.")
-    return device
-
-
-def _load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        fail(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}")
-
-
-def _load_model(path: str, dtype: str, device: "torch.device") -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    import hf_mamba  # noqa: F401  (registers the Auto classes)
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        fail(f"{path} cannot be loaded: {_first_line(error)}")
-    return model.eval().to(device)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _pad_token_id(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> int | None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_mamba.cli.console import fail, report_console, result_console
-from hf_mamba.cli.generate import DTYPES, _check_name, _device, _load_model, _load_tokenizer, _resolve
+from hf_mamba.cli.loading import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    check_options,
+    choose_device,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from hf_mamba.layers.switch import Routing
@@ -28,26 +35,23 @@ def inspect_experts(
     ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Show how much each chosen expert counts.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto is the checkpoint's.")] = "auto",
-    device: Annotated[str, typer.Option(help="Such as cpu, cuda, cuda:1; auto is a GPU where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
 ) -> None:
     """Show the experts that MODEL sends each token of TEXT to, layer by layer, and how evenly they are used."""
-    if dtype not in DTYPES:
-        fail(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if text == "-":
         text = sys.stdin.read().rstrip("\n")
     if not text.strip():
         fail("the text is empty; give a few words to route.")
-    if not Path(model).expanduser().is_dir():
-        _check_name(model)
+    check_options(model, dtype)
     report_console().print(f"[dim]Loading {escape(model)}[/]", soft_wrap=True)
-    chosen = _device(device)
-    path = _resolve(model)
-    tokenizer = _load_tokenizer(path)
+    chosen = choose_device(device)
+    path = resolve(model)
+    tokenizer = load_tokenizer(path)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if ids.shape[-1] == 0:
         fail(f"the tokenizer of {model} makes no tokens of this text: are its files (tokenizer.json) there?")
-    loaded: Any = _load_model(path, dtype, chosen)
+    loaded: Any = load_model(path, dtype, chosen)
 
     import torch
 

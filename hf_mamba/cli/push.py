@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from hf_mamba.cli.card import BASE_HELP, LICENSE_HELP, facts_of_options
-from hf_mamba.cli.console import fail, report_console, result_console
+from hf_mamba.cli.console import fail, first_line, report_console, result_console
 
 __all__ = ["push"]
 
@@ -50,9 +50,9 @@ def push(
     except HFValidationError as error:
         fail(f"{repo!r} is no name of a repository: {error}")
     except HfHubHTTPError as error:
-        fail(f"the Hub did not take it: {_first_line(error)}.{_advice(error)} {folder} is as it was.")
+        fail(f"the Hub did not take it: {first_line(error)}.{_advice(error)} {folder} is as it was.")
     except (RuntimeError, OSError) as error:
-        fail(f"the upload broke off: {_first_line(error.__cause__ or error)}. {folder} is as it was; push again.")
+        fail(f"the upload broke off: {first_line(error.__cause__ or error)}. {folder} is as it was; push again.")
     except ValueError as error:
         fail(str(error))
     result_console().print(f"Uploaded to {commit.pr_url or commit.commit_url}", soft_wrap=True, markup=False)
@@ -63,7 +63,3 @@ def _advice(error: Exception) -> str:
     if status == 401:
         return " Run `hf auth login`, or set HF_TOKEN to a token that may write."
     return " Your token may not write there: check the name and the token's rights." if status == 403 else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

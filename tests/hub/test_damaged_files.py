@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from typer.testing import CliRunner
+
+from hf_mamba.cli import app
 
 from ..loopback_hub import Hub
 from ..models.builders import make_model
@@ -101,3 +104,14 @@ def test_a_hostile_configuration_costs_no_memory(kind: str, values: dict, words:
     with pytest.raises((ValueError, RuntimeError), match=words):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_the_command_says_what_is_wrong(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Configuration and weights that do not fit are a RuntimeError, which is one message too."""
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"state_size": 32}))
+    result = CliRunner().invoke(app, ["generate", str(folder), "w3 w4"])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    message = " ".join(result.stderr.split())
+    assert "cannot be loaded: size mismatch" in message and "saved with the weights" in message
