@@ -86,6 +86,15 @@ def test_loss_without_logits_of_an_adapted_head(tied: bool, monkeypatch) -> None
     assert (layer.lora_B["default"].weight.grad - gradient).abs().max() <= 1e-6 * gradient.abs().max()
 
 
+def test_loss_without_logits_of_trained_tokens() -> None:
+    """PEFT wraps a tied head too, in a module that does not show its vocabulary."""
+    config = LoraConfig(r=2, target_modules=["in_proj"], trainable_token_indices={"embeddings": [3, 4, 5]})
+    adapted = get_peft_model(make_model("mamba2", tie_word_embeddings=True), config).train()
+    expected = step(adapted, input_ids=IDS, labels=IDS)
+    assert any("trainable_tokens" in name for name in expected[1])
+    assert_same_step(step(adapted, input_ids=IDS, labels=IDS, skip_logits=True), expected)
+
+
 def test_loss_under_autocast_is_computed_in_fp32() -> None:
     model = make_model("mamba").train()
     with torch.autocast("cpu", dtype=torch.bfloat16):

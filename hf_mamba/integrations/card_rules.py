@@ -92,6 +92,8 @@ def _licence(data: Any) -> list[str]:
 def _choice(name: str, value: Any, choices: frozenset[str]) -> list[str]:
     if value in choices:
         return []
+    if value is None:
+        return [f"`{name}` is missing: state it in the metadata at the top of README.md"]
     return [f"`{name}` must be one that the Hub knows, such as {', '.join(sorted(choices)[:3])}, got {value!r}"]
 
 

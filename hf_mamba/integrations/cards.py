@@ -5,9 +5,9 @@ as not stated. The template is `model_cards/model.md.jinja`, in the wheel as `hf
 """
 
 import dataclasses
-import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..registration import MODEL_TYPES
 from ..version import __version__
+from .weight_files import check_weight_files, read_settings, stored_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,10 +52,22 @@ PIPELINE_TAGS = {
     "Model": "feature-extraction",
 }
 
-ADAPTER_TAGS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
+# PEFT's name of a task: the class that loads an adapter for it, and the Hub's name of the task
+ADAPTER_TASKS = {
+    "CAUSAL_LM": ("AutoPeftModelForCausalLM", "text-generation"),
+    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "token-classification"),
+    "FEATURE_EXTRACTION": ("AutoPeftModelForFeatureExtraction", "feature-extraction"),
+}
+
+UNKNOWN = ("Model", "feature-extraction")
+# weights of a classifier's head, saved whole with an adapter
+NEW_HEADS = ("score.weight", "classifier.weight")
 
 # what transformers and PEFT write where nobody has written a card
 PLACEHOLDER = "[More Information Needed]"
+# the lines that they fill in
+GENERATED = re.compile(r"has been automatically generated|^#+ |^- PEFT |^$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,27 +152,35 @@ def model_card(
 
 
 def adapter_card(folder: Path, name: str, facts: CardFacts | None = None, *, model_id: str | None = None) -> ModelCard:
-    """The card of a saved PEFT adapter; the base model is named if it is one on the Hub."""
+    """The card of a saved PEFT adapter; the base model is named if it is one on the Hub.
+
+    Raises:
+        ValueError: the adapter's configuration or its weights are missing or damaged.
+    """
     facts = facts or CardFacts()
-    adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    adapter = read_settings(folder / ADAPTER_CONFIG)
+    check_weight_files(folder, adapter=True)
     facts = facts.over(CardFacts(base_model=hub_id(adapter.get("base_model_name_or_path"))))
-    pipeline_tag = {
-        "CAUSAL_LM": "text-generation",
-        "SEQ_CLS": "text-classification",
-        "TOKEN_CLS": "token-classification",
-    }
-    tag = pipeline_tag.get(adapter.get("task_type") or "CAUSAL_LM", "feature-extraction")
-    peft_type = adapter["peft_type"]
+    peft_type = adapter.get("peft_type")
+    if peft_type is None:
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} names no `peft_type`; save the adapter anew with save_pretrained()."
+        )
+    loader, tag = _adapter_task(adapter)
     rows = [("method", peft_type)]
     for key, title in (("r", "rank"), ("lora_alpha", "alpha"), ("target_modules", "adapted modules")):
         value = adapter.get(key)
         if value is not None:
             rows.append((title, ", ".join(sorted(value)) if isinstance(value, list) else str(value)))
-    parameters = _stored_parameters(folder / "adapter_model.safetensors")
+    shapes = stored_shapes(folder / "adapter_model.safetensors")
+    parameters = sum(map(math.prod, shapes.values()))
     return ModelCard.from_template(
         _metadata(facts, name, library="peft", pipeline_tag=tag, tags=("hf_mamba", peft_type.lower(), "mamba")),
         template_path=str(_template()),
         adapter=adapter,
+        loader=loader,
+        # the base model's configuration does not know how many classes a new head has
+        num_labels=next((shape[0] for key, shape in shapes.items() if key.endswith(NEW_HEADS)), None),
         name=name,
         model_id=model_id or name,
         parameters=parameters,
@@ -285,7 +306,7 @@ def report_results(report: Mapping[str, Any], text: str) -> list[EvalResult]:
 def pipeline_tag(model: "PreTrainedModel") -> str:
     """The Hub's name for what a model does, by its head."""
     endings = (tag for ending, tag in PIPELINE_TAGS.items() if type(model).__name__.endswith(ending))
-    return next(endings, "feature-extraction")
+    return next(endings, UNKNOWN[1])
 
 
 def state_bytes(model: "PreTrainedModel") -> int:
@@ -303,7 +324,10 @@ def state_bytes(model: "PreTrainedModel") -> int:
 
 def is_placeholder(card: ModelCard) -> bool:
     """Whether a card is what a library generated without knowing anything: nobody's work is lost with it."""
-    return PLACEHOLDER in card.text and facts_of_card(card).license is None
+    if PLACEHOLDER not in card.text or facts_of_card(card).license is not None:
+        return False
+    stock = set(ModelCard.from_template(ModelCardData()).text.splitlines())
+    return all(line in stock or GENERATED.search(line) for line in card.text.splitlines())
 
 
 def hub_id(name: Any) -> str | None:
@@ -372,8 +396,8 @@ def _model_without_weights(folder: Path) -> "PreTrainedModel":
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder that save_pretrained() wrote.")
-    content = json.loads(file.read_text(encoding="utf-8"))
-    entry = MODEL_TYPES.get(content.get("model_type"))
+    content = read_settings(file)
+    entry = MODEL_TYPES.get(str(content.get("model_type")))
     architecture = next(iter(content.get("architectures") or []), None)
     model_class = getattr(hf_mamba, str(architecture), None)
     if entry is None or model_class is None or architecture not in hf_mamba.__all__:
@@ -388,12 +412,17 @@ def _model_without_weights(folder: Path) -> "PreTrainedModel":
     return model if dtype is None else model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
-def _stored_parameters(file: Path) -> int:
-    """Elements of the tensors in a safetensors file, from its header."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+def _adapter_task(adapter: Mapping[str, Any]) -> tuple[str, str]:
+    """The class that loads an adapter, and the Hub's name of its task."""
+    task = adapter.get("task_type")
+    if task in ADAPTER_TASKS:
+        return ADAPTER_TASKS[task]
+    # an adapter without a task: PEFT would import the base model's class only if it is told that it may, transformers loads it
+    base_class = str((adapter.get("auto_mapping") or {}).get("base_model_class"))
+    ending, tag = next(
+        ((ending, tag) for ending, tag in PIPELINE_TAGS.items() if base_class.endswith(ending)), UNKNOWN
+    )
+    return f"AutoModel{ending.removeprefix('Model')}", tag
 
 
 def _template() -> Path:

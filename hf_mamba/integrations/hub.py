@@ -4,6 +4,7 @@ Everything is checked on this machine before the Hub is asked for anything: weig
 machine goes with the files. The upload is one commit, so that a repository never holds half of it.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from .cards import (
     is_placeholder,
     read_card,
 )
-from .weight_files import check_weight_files
+from .weight_files import check_weight_files, read_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -74,9 +75,15 @@ LEFT_OUT = re.compile(
     r"|rng_state.*\.pth|trainer_state\.json)$"
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-WEIGHTS = re.compile(
-    r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)|.*(safetensors|bin)\.index\.json"
-)
+# what a new upload makes void: a model all weights, since an adapter beside it would be loaded in its place; an adapter none but
+# an adapter's, since the model beside it may be its base
+STALE = {
+    "model": re.compile(
+        r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)|[^/]*\.(safetensors|bin)\.index\.json"
+        r"|adapter_model\.(safetensors|bin)|adapter_config\.json"
+    ),
+    "adapter": re.compile(r"adapter_model\.(safetensors|bin)"),
+}
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 ABSOLUTE_PATH = re.compile(r"(/[^/\s]+){2,}/?|~/.*|[A-Za-z]:[\\/].*")
@@ -164,9 +171,7 @@ def push_model(
     """
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     known = CardFacts(license=license, tags=tuple([tags] if isinstance(tags, str) else tags or ()))
-    facts = known.over(facts or CardFacts())
-    if facts.base_model is None and hub_id(base) not in (None, repo_id):
-        facts = facts.over(CardFacts(base_model=hub_id(base)))
+    facts = known.over(facts or CardFacts()).over(CardFacts(base_model=hub_id(base)))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.split("/")[-1]
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -199,7 +204,7 @@ def push_folder(
         facts: for the card; what is given is entered into the metadata of a card that exists.
         private: make a new repository private.
         token: instead of the one of `hf auth login` or HF_TOKEN.
-        revision: the branch, made if there is none.
+        revision: the branch, made if there is none; with `create_pr` the one that the pull request is for.
         create_pr: open a pull request instead of writing to the branch.
         origin: folder or id of a model whose card says the licence if nothing else does.
         keep_card: prefer the repository's card to that of the folder.
@@ -215,6 +220,10 @@ def push_folder(
     if "/" not in repo_id:
         repo_id = f"{_patiently(api.whoami)['name']}/{repo_id}"
     validate_repo_id(repo_id)
+    kind = "adapter" if ADAPTER_CONFIG in files else "model"
+    if kind == "model" and facts.base_model == repo_id:
+        # a new version of what is there, not derived from it
+        facts = dataclasses.replace(facts, base_model=None)
 
     card = read_card(folder / CARD) if CARD in files else None
     if card is None or keep_card or is_placeholder(card):
@@ -223,6 +232,8 @@ def push_folder(
             card = remote
     if card is None or is_placeholder(card):
         card = card_of_folder(folder, repo_id.split("/")[1], facts, model_id=repo_id)
+    else:
+        _fill_in_task(card, folder)
     fill_metadata(card, facts)
     if facts_of_card(card).license is None and origin is not None:
         fill_metadata(card, CardFacts(license=_licence_of(origin, token)))
@@ -231,12 +242,11 @@ def push_folder(
     check_private(files)
 
     repo_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-    if revision is not None and not revision.startswith("refs/"):
+    if revision is not None and not revision.startswith("refs/") and not create_pr:
         _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
     present = _patiently(lambda: api.list_repo_files(repo_id, revision=revision))
-    # a file of an earlier upload in other shards could be loaded instead of the new weights
-    stale = [name for name in present if WEIGHTS.fullmatch(name) and name not in files]
-    kind = "adapter" if ADAPTER_CONFIG in files else "model"
+    # what an earlier upload left could be loaded instead of the new weights
+    stale = [name for name in present if STALE[kind].fullmatch(name) and name not in files]
 
     def commit() -> CommitInfo:
         return api.create_commit(
@@ -279,7 +289,9 @@ def publishable_files(folder: str | Path, base_model: str | None = None) -> File
         raise ValueError(f"{folder} has neither config.json nor {ADAPTER_CONFIG}; give what save_pretrained() wrote.")
     check_weight_files(folder, adapter)
     if adapter:
-        files[ADAPTER_CONFIG] = _adapter_config(folder, base_model)
+        # adapters of other names lie in folders of their own
+        configs = [name for name in files if name.split("/")[-1] == ADAPTER_CONFIG]
+        files |= {name: _adapter_config(folder / name, base_model) for name in configs}
     elif REMOTE_CODE not in files:
         files |= _remote_code(folder)
     return files
@@ -305,8 +317,12 @@ def check_private(files: Files) -> None:
         if name.endswith(".md") and len(home) > 1 and f"{home}/" in text:
             raise ValueError(f"{name} names your home folder; write a path or an id that others have.")
         if name.endswith(".json") and len(text) <= SETTINGS_SIZE and name != "tokenizer.json":
-            for key, value in _settings(json.loads(text)):
-                if ABSOLUTE_PATH.fullmatch(value):
+            try:
+                settings = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{name} is no JSON file: {error}. Save it anew, or remove it.") from error
+            for key, value in _settings(settings):
+                if ABSOLUTE_PATH.fullmatch(value) or (len(home) > 1 and value.startswith(f"{home}/")):
                     raise ValueError(f"{name}: `{key}` is a path of this machine ({value!r}); remove or shorten it.")
 
 
@@ -322,9 +338,9 @@ def _settings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _settings(value, key)
 
 
-def _adapter_config(folder: Path, base_model: str | None) -> bytes:
+def _adapter_config(file: Path, base_model: str | None) -> bytes:
     """adapter_config.json, naming a base model that others have."""
-    content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    content = read_settings(file)
     base = base_model or hub_id(content.get("base_model_name_or_path"))
     if base is None:
         raise ValueError(
@@ -337,8 +353,8 @@ def _adapter_config(folder: Path, base_model: str | None) -> bytes:
 
 def _remote_code(folder: Path) -> Files:
     """Map and shim for a model that needs them and was saved without."""
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = auto_map(content.get("model_type"))
+    content = read_settings(folder / "config.json")
+    names = auto_map(str(content.get("model_type")))
     if names is None:
         return {}
     content["auto_map"] = names
@@ -354,6 +370,16 @@ def _card_of(repo_id: str, token: str | bool | None) -> ModelCard | None:
         return read_card(repo_id, token)
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
+
+
+def _fill_in_task(card: ModelCard, folder: Path) -> None:
+    """Say what the model is for in a card that somebody wrote without its metadata."""
+    data: Any = card.data
+    if data.pipeline_tag and data.library_name:
+        return
+    made: Any = card_of_folder(folder).data
+    data.pipeline_tag = data.pipeline_tag or made.pipeline_tag
+    data.library_name = data.library_name or made.library_name
 
 
 def _licence_of(origin: str, token: str | bool | None) -> str | None:

@@ -2,14 +2,16 @@
 
 PEFT refuses adapters on `out_proj` for the model types of Mamba, because transformers' own classes read that layer's weight
 without calling the layer. The mixers here call all their layers and say so with `supports_lora_everywhere`. For models made
-of such mixers, and for no others, `enable` changes five things in PEFT:
+of such mixers, and for no others, `enable` changes six things in PEFT:
 
 - `out_proj` may be a target; the convolution may not, whatever the method, since its module is not a plain layer;
 - an adapter configuration without `target_modules` gets `DEFAULT_TARGETS`;
 - `modules_to_save` may name `A_log`, `D` and `dt_bias`, which are parameters of the mixers and not modules;
 - a name in `target_modules` or `modules_to_save` that no model type has is an error, where PEFT ignores it as long as another
   one matches;
-- before an adapter on the embedding or the head is merged, the two cease to share one weight.
+- before an adapter on the embedding or the head is merged, the two cease to share one weight;
+- `push_to_hub` uploads as `hf_mamba.integrations.hub.push_model` does: checked, with a card, and naming a base model that others
+  have instead of a folder of this machine.
 
 `hf_mamba.unregister()` takes it back. Nothing here imports PEFT before a model class is loaded.
 """
@@ -41,7 +43,7 @@ RECURRENCE = ("A_log", "D", "dt_bias")
 PLACE = "parametrizations.{}.0"
 # a list of targets may name layers that only another of the model types has
 KNOWN_NAMES = frozenset(
-    "in_proj x_proj dt_proj out_proj embeddings lm_head score classifier up_proj gate_up_proj down_proj".split()
+    "in_proj x_proj dt_proj out_proj embeddings lm_head score classifier up_proj gate_up_proj down_proj router".split()
 )
 
 # what was replaced: (owner, attribute, original)
@@ -53,6 +55,7 @@ def enable() -> None:
     if _replaced:
         return
     try:
+        from peft import PeftModel
         from peft.tuners import tuners_utils
         from peft.tuners.mixed import MixedModel
     except ImportError:
@@ -66,6 +69,7 @@ def enable() -> None:
     _replace(tuner, "_unload_and_optionally_merge", _with_plain_parameters)
     # this one merges without asking whether it may
     _replace(MixedModel, "_unload_and_optionally_merge", _with_separate_head)
+    _replace(PeftModel, "push_to_hub", _with_checked_upload)
 
 
 def disable() -> None:
@@ -137,6 +141,17 @@ def _with_separate_head(original: Callable) -> Callable:
         return original(tuner, *args, **kwargs)
 
     return merge
+
+
+def _with_checked_upload(original: Callable) -> Callable:
+    def push_to_hub(model: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if not _supports_lora_everywhere(model):
+            return original(model, repo_id, *args, **kwargs)
+        from .hub import push_model
+
+        return push_model(model, repo_id, *args, **kwargs)
+
+    return push_to_hub
 
 
 class ParameterShift(nn.Module):

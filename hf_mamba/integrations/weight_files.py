@@ -1,13 +1,35 @@
-"""The weight files of a saved model: complete, undamaged, and a clear word when they are not."""
+"""The files of a saved model or adapter: complete, undamaged, and a clear word when they are not."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["check_weight_files", "explain_loading_error"]
+__all__ = ["check_weight_files", "explain_loading_error", "read_settings", "stored_shapes"]
 
 INDEX = "model.safetensors.index.json"
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The content of config.json and its like.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON file: {error}. Save the model anew, or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def stored_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, from its header."""
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
 
 
 def check_weight_files(folder: str | Path, adapter: bool = False) -> None:

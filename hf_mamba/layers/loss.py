@@ -34,6 +34,7 @@ def chunked_cross_entropy(
     num_items: Tensor | int | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """The cross-entropy of `head(hidden_states)` in fp32, without the logits of all tokens.
 
@@ -43,6 +44,7 @@ def chunked_cross_entropy(
         targets: (…) int64, `ignore_index` where there is none; already shifted.
         num_items: what the sum is divided by, the targets of all accumulated batches; None = the number of targets here.
         chunk_size: tokens at a time; by default as many as make `MAX_LOGITS` logits.
+        vocab_size: V, for a head in a wrapper that does not show its `out_features`.
 
     Returns:
         () fp32, differentiable in `hidden_states` and the parameters of `head`; NaN, as that of transformers, if there is
@@ -63,7 +65,7 @@ def chunked_cross_entropy(
         return _liger_sum(head, hidden_states, targets, ignore_index) / items
     if chunk_size is None:
         # a quantised weight may not show the vocabulary
-        chunk_size = max(1, MAX_LOGITS // cast(Any, head).out_features)
+        chunk_size = max(1, MAX_LOGITS // (vocab_size or cast(Any, head).out_features))
 
     def summed(x: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(head(x).float(), wanted, ignore_index=ignore_index, reduction="sum")

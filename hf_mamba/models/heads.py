@@ -163,6 +163,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
             shift_labels,
             num_items=num_items_in_batch,
             ignore_index=ignore_index,
+            vocab_size=self.config.vocab_size,
         )
 
     def make_output(self, outputs: Any, loss: Tensor | None, logits: Tensor | None) -> Any:

@@ -163,8 +163,9 @@ def test_the_licence_of_the_base_model_is_taken_over(hub: Hub, tmp_path: Path) -
     card = ModelCard.load("me/tuned")
     assert (card.data.license, card.data.base_model) == ("cc-by-4.0", "me/base")
     # nothing is its own base model
-    again.push_to_hub("me/base")
-    assert ModelCard.load("me/base").data.base_model is None
+    for name in ("me/base", "base"):
+        again.push_to_hub(name)
+        assert ModelCard.load("me/base").data.base_model is None
 
 
 MINE = "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# My own words\n"
@@ -188,6 +189,27 @@ def test_a_card_without_content_is_replaced(hub: Hub, tokenizer) -> None:
     assert b"More Information Needed" in hub.repositories["me/tiny"]["README.md"]
     make_model("mamba").push_to_hub("me/tiny", license="mit")
     assert "## Architecture" in ModelCard.load("me/tiny").text
+
+
+def test_a_card_that_somebody_began_is_kept(hub: Hub, tokenizer) -> None:
+    """The libraries' template with one field filled in."""
+    tokenizer.push_to_hub("me/tiny")
+    begun = hub.repositories["me/tiny"]["README.md"].replace(b"[More Information Needed]", b"Somebody's work", 1)
+    hub.repositories["me/tiny"]["README.md"] = begun
+    make_model("mamba").push_to_hub("me/tiny", license="mit")
+    card = ModelCard.load("me/tiny")
+    assert "Somebody's work" in card.text and (card.data.license, card.data.pipeline_tag) == ("mit", "text-generation")
+
+
+def test_adapters_of_every_name_get_a_base_model_that_others_have(hub: Hub, tmp_path: Path) -> None:
+    make_model("mamba").save_pretrained(tmp_path / "base")
+    base = hf_mamba.MambaForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
+    adapted.add_adapter("second", LoraConfig(task_type="CAUSAL_LM"))
+    push_model(adapted, "me/adapter", license="mit", facts=CardFacts(base_model="me/base"))
+    files = hub.repositories["me/adapter"]
+    for name in ("adapter_config.json", "second/adapter_config.json"):
+        assert json.loads(files[name])["base_model_name_or_path"] == "me/base"
 
 
 def test_adapters_get_a_card_and_no_path_of_this_machine(hub: Hub, tmp_path: Path) -> None:

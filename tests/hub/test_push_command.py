@@ -85,6 +85,14 @@ def test_push_proposes_a_change_to_a_foreign_repository(folder: Path, hub: Hub) 
     assert {"notes.md", "config.json", "README.md"} <= set(hub.branches["you/tiny", "refs/pr/1"])
 
 
+def test_push_proposes_a_change_to_a_branch_of_a_foreign_repository(folder: Path, hub: Hub) -> None:
+    hub.repositories["you/tiny"] = {}
+    hub.branches["you/tiny", "next"] = {"notes.md": b"yours"}
+    result = run("push", folder, "you/tiny", "--license", "mit", "--create-pr", "--revision", "next")
+    assert result.exit_code == 0, result.output
+    assert hub.branches["you/tiny", "next"] == {"notes.md": b"yours"}
+
+
 def test_push_an_adapter_that_peft_saved(hub: Hub, tmp_path: Path) -> None:
     """PEFT's own card names a folder of this machine as the base model, and says nothing else."""
     make_model("mamba").save_pretrained(tmp_path / "base")
@@ -116,6 +124,11 @@ def spoil(folder: Path, how: str) -> None:
     elif how == "path":
         settings = json.loads((folder / "generation_config.json").read_text())
         (folder / "generation_config.json").write_text(json.dumps(settings | {"source": "/home/me/data"}))
+    elif how == "path with a space":
+        settings = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps(settings | {"source": f"{Path.home()}/my data"}))
+    elif how == "no JSON":
+        (folder / "generation_config.json").write_text("{")
     elif how == "no config":
         (folder / "config.json").unlink()
     elif how == "metadata":
@@ -132,6 +145,8 @@ def spoil(folder: Path, how: str) -> None:
         ("pickle", ["pytorch_model.bin", "hf-mamba convert"]),
         ("token", ["notes.txt", "token"]),
         ("path", ["generation_config.json", "`source`", "/home/me/data"]),
+        ("path with a space", ["generation_config.json", "`source`"]),
+        ("no JSON", ["generation_config.json", "is no JSON file"]),
         ("no config", ["config.json"]),
         ("metadata", ["README.md", "metadata"]),
         ("yaml", ["README.md", "metadata"]),
@@ -195,6 +210,16 @@ def test_card_refuses_what_is_no_report(content: str, words: str, folder: Path, 
     (tmp_path / "report.json").write_text(content)
     assert_refused(run("card", folder, "--report", tmp_path / "report.json"), words)
     assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "adapter_config.json is no JSON file"), ("{}", "has no adapter_model.safetensors")],
+    ids=["broken", "without weights"],
+)
+def test_card_refuses_a_damaged_adapter(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    assert_refused(run("card", tmp_path), words)
 
 
 def test_card_refuses_a_folder_of_another_kind(tmp_path: Path) -> None:

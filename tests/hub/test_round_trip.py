@@ -24,7 +24,7 @@ from hf_mamba.integrations.hub import push_model
 from hf_mamba.integrations.trainer_card import TrainerCard
 
 from ..loopback_hub import Hub
-from ..models.builders import make_model
+from ..models.builders import make_model, make_native
 from .examples import IDS, logits, run_python
 
 FAMILIES = pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "moe_mamba"])
@@ -120,9 +120,53 @@ def test_an_adapter_is_pushed_and_loads_over_its_base(hub: Hub) -> None:
     )
     assert "| rank | 8 |" in card.text
 
-    # PEFT's own method gives a repository that loads as well
-    adapted.push_to_hub("me/other")
+    # PEFT's own method does the same, with the licence of the base model's card
+    adapted.push_to_hub("me/other", commit_message="Mine")
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("me/other")), logits(adapted))
+    again_card = ModelCard.load("me/other")
+    assert again_card.data.license == "mit" and "| rank | 8 |" in again_card.text
+
+
+def test_peft_pushes_other_models_as_before(hub: Hub) -> None:
+    base = make_native(make_model("mamba2"))
+    get_peft_model(base, LoraConfig(target_modules=["in_proj"])).push_to_hub("me/theirs")
+    assert b"More Information Needed" in hub.repositories["me/theirs"]["README.md"]
+
+
+def example_of(card: ModelCard) -> dict:
+    """What the card's example leaves behind when it is run."""
+    namespace: dict = {}
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    exec(code, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize(
+    ("head", "task"),
+    [
+        ("ForCausalLM", "CAUSAL_LM"),
+        ("ForCausalLM", None),
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("ForTokenClassification", "TOKEN_CLS"),
+        ("Model", "FEATURE_EXTRACTION"),
+    ],
+)
+def test_the_example_in_an_adapters_card_loads_it(head: str, task: str | None, hub: Hub) -> None:
+    make_model("mamba").push_to_hub("me/base", license="mit")
+    auto_class = getattr(hf_mamba, f"Mamba{head}")
+    options = {"num_labels": 3, "pad_token_id": 0} if "Classification" in head else {}
+    adapted = get_peft_model(auto_class.from_pretrained("me/base", **options), LoraConfig(task_type=task)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.push_to_hub("me/adapter")
+    model = example_of(ModelCard.load("me/adapter"))["model"].eval()
+    model.config.pad_token_id = 0
+    with torch.no_grad():
+        for actual, expected in zip(model(IDS).to_tuple(), adapted(IDS).to_tuple(), strict=True):
+            if isinstance(actual, torch.Tensor):
+                assert torch.equal(actual, expected)
 
 
 def make_trainer(model, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Trainer:
@@ -188,6 +232,21 @@ def test_revisions_and_shards_of_an_earlier_upload(hub: Hub) -> None:
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("me/tiny", revision="older")), logits(first))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("me/tiny")), logits(second))
     assert {branch.name for branch in HfApi().list_repo_refs("me/tiny").branches} == {"main", "older"}
+
+
+def test_an_adapter_leaves_its_base_model_in_the_repository(hub: Hub) -> None:
+    """And a model takes an adapter's place, which would be loaded instead of it."""
+    model = make_model("mamba")
+    model.push_to_hub("me/tiny", license="mit")
+    hub.repositories["me/tiny"]["older/model.safetensors.index.json"] = b"{}"
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("me/tiny"), LoraConfig(task_type="CAUSAL_LM"))
+    adapted.push_to_hub("me/tiny")
+    assert {"model.safetensors", "adapter_model.safetensors"} <= set(hub.repositories["me/tiny"])
+    other = make_model("mamba", seed=1)
+    other.push_to_hub("me/tiny")
+    assert not any("adapter" in name for name in hub.repositories["me/tiny"])
+    assert "older/model.safetensors.index.json" in hub.repositories["me/tiny"]
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("me/tiny")), logits(other))
 
 
 def test_private_repositories_need_the_token(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
