@@ -88,7 +88,7 @@ def load_text(arguments: Arguments) -> tuple[list[str], list[str]]:
     """The documents to train on and those held out: the end of the text, cut at a line.
 
     Raises:
-        ValueError: a file that does not exist or is too short to be cut.
+        ValueError: a file or a column that does not exist, or a text too short to be cut.
         ImportError: a dataset is asked for without the `datasets` package.
     """
     if arguments.dataset is not None:
@@ -96,7 +96,13 @@ def load_text(arguments: Arguments) -> tuple[list[str], list[str]]:
             from datasets import load_dataset
         except ImportError:
             raise ImportError("--dataset needs the datasets package: pip install datasets.") from None
-        documents = list(load_dataset(arguments.dataset, split="train")[arguments.text_column])
+        dataset = load_dataset(arguments.dataset, split="train")
+        if arguments.text_column not in dataset.column_names:
+            raise ValueError(
+                f"--text_column: {arguments.dataset} has no column {arguments.text_column!r}, but "
+                f"{', '.join(dataset.column_names)}."
+            )
+        documents = list(dataset[arguments.text_column])
     else:
         documents = [document for path in arguments.text for document in read_documents(path)]
     if len(documents) > 1 / arguments.held_out:

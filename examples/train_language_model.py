@@ -274,7 +274,9 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
         torch.set_float32_matmul_precision("high")
 
     set_seed(arguments.seed)
-    model = AutoModelForCausalLM.from_config(build_config(arguments, tokenizer))
+    model: Any = AutoModelForCausalLM.from_config(build_config(arguments, tokenizer))
+    # the loss alone is needed: the logits of the whole batch are never computed at once
+    model.skip_logits = True
     options = training_arguments(arguments)
     tokens = encode(tokenizer, documents["train"])
     # train_batch_size counts every GPU that this process drives, world_size the processes

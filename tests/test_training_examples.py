@@ -13,11 +13,14 @@ from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from hf_mamba.models.heads import RecurrentForCausalLM
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 import finetune_classification  # noqa: E402
 import finetune_lora  # noqa: E402
+import train_language_model  # noqa: E402
 
 pytestmark = pytest.mark.checkout
 
@@ -65,6 +68,35 @@ def test_classification_example_leaves_a_loadable_classifier(tmp_path) -> None:
     inputs = tokenizer(["blood 3", "sky 3"], return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         assert model(**inputs).logits.argmax(-1).tolist() == [1, 0]
+
+
+def test_training_example_keeps_no_logits(tmp_path, monkeypatch) -> None:
+    """Neither do its steps return any; its evaluations, whose loss is measured on them, do."""
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text((ROOT / "LICENSE").read_text(encoding="utf-8"))
+    seen: list[tuple[bool, bool]] = []
+    make_output = RecurrentForCausalLM.make_output
+
+    def noting(self, outputs, loss, logits):
+        seen.append((self.training, logits is not None))
+        return make_output(self, outputs, loss, logits)
+
+    monkeypatch.setattr(RecurrentForCausalLM, "make_output", noting)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "head_dim": 8, "vocab_size": 300}
+    arguments = train_language_model.Arguments(
+        data_dir=str(tmp_path),
+        output_dir=str(tmp_path / "model"),
+        context_length=32,
+        batch_size=2,
+        steps=2,
+        eval_steps=1,
+        warmup_steps=1,
+        sample_tokens=2,
+        **sizes,
+    )
+    report = train_language_model.train(arguments, "python")
+    assert report is not None and report["steps"] == 2
+    assert set(seen) == {(True, False), (False, True)}
 
 
 @pytest.mark.parametrize(
