@@ -269,7 +269,7 @@ class RecurrentCache(DynamicCache):
         else:
             for index, pair in enumerate(map(held_states, other.layers)):
                 if pair is not None:
-                    write_states(self, index, *pair)
+                    write_states(self, index, *(state.clone() for state in pair))
         self._seen = other._seen
 
     def empty(self) -> "RecurrentCache":

@@ -13,6 +13,14 @@ __all__ = ["RecurrentLayer", "held_states", "read_states", "write_states"]
 class RecurrentLayer(LinearAttentionLayer):
     """The convolution state (B, D, W - 1) and the SSM state of one layer."""
 
+    def adopt(self, conv_state: Tensor, ssm_state: Tensor) -> None:
+        """Hold these states, which nobody else may hold, instead of copying them into buffers of its own."""
+        self.device, self.dtype = conv_state.device, conv_state.dtype
+        self.conv_states[0], self.recurrent_states[0] = conv_state, ssm_state
+        self.conv_kernel_size[0] = conv_state.shape[-1]
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
+        self.has_previous_state[0] = True
+
     def _map_states(self, select) -> None:
         for states in (self.conv_states, self.recurrent_states):
             for index, state in states.items():
@@ -74,10 +82,18 @@ def read_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Ten
 
 
 def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Tensor) -> None:
-    """Store the states of a layer in place, detached; works on any transformers cache made of linear-attention layers."""
+    """Store the states of a layer, detached; works on any transformers cache made of linear-attention layers.
+
+    They are written in place where there are buffers for them. The first ones may be kept as they are, so the caller must not
+    go on using them.
+    """
     layer = cache.layers[layer_idx]
+    if isinstance(layer, RecurrentLayer) and not torch.compiler.is_compiling():
+        # after reset() the next batch may have another size
+        if not layer.is_conv_states_initialized[0] or len(layer.conv_states[0]) != len(conv_state):
+            layer.adopt(_owned(conv_state), _owned(ssm_state))
+            return
     conv_state, ssm_state = conv_state.detach(), ssm_state.detach()
-    # after reset() the next batch may have another size
     if not layer.is_conv_states_initialized[0] or len(layer.conv_states[0]) != len(conv_state):
         layer.lazy_initialization(conv_states=conv_state)
     if not layer.is_recurrent_states_initialized[0] or len(layer.recurrent_states[0]) != len(ssm_state):
@@ -88,6 +104,13 @@ def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Te
     buffer[..., buffer.shape[-1] - width :].copy_(conv_state)
     layer.recurrent_states[0].copy_(ssm_state)
     layer.has_previous_state[0] = True
+
+
+def _owned(state: Tensor) -> Tensor:
+    """`state` without its history; a copy where it is part of something larger or a backward may still need it."""
+    if torch.is_grad_enabled() or state._base is not None or not state.is_contiguous():
+        return state.detach().clone(memory_format=torch.contiguous_format)
+    return state
 
 
 def held_states(layer: RecurrentLayer) -> tuple[Tensor, Tensor] | None:
