@@ -112,7 +112,8 @@ def capture(function: Callable[[], None], device: torch.device) -> Any:
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
         # graphs that draw from the one before would no longer follow the seed
-        _graphs.clear()
+        for found in list(_graphs.values()):
+            found.steps.clear()
         raise
     finally:
         torch.cuda.synchronize(device)
