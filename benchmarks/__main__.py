@@ -10,6 +10,7 @@ from benchmarks.moe import moe
 from benchmarks.ops import ops
 from benchmarks.plot import plot
 from benchmarks.projections import projections
+from benchmarks.train import train
 
 app = typer.Typer(
     help="Side-by-side measurements of hf_mamba and its peers; slower cells are shown too.",
@@ -25,6 +26,7 @@ app.command("generate", epilog="Example: python -m benchmarks generate --sizes 2
 app.command("moe", epilog="Example: python -m benchmarks moe --experts 32 --blocks 0")(moe)
 app.command("ops", epilog="Example: python -m benchmarks ops --op selective_scan --against mamba_ssm,eager")(ops)
 app.command("projections", epilog="Example: python -m benchmarks projections --batches 1")(projections)
+app.command("train", epilog="Example: python -m benchmarks train --sizes 130m --options plain,skip_logits")(train)
 app.command("plot", epilog="Example: python -m benchmarks plot benchmarks/results/ops-nvidia-h100.json")(plot)
 
 if __name__ == "__main__":
