@@ -24,7 +24,7 @@ endif
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-oldest lint format typecheck wheel-test bench clean FORCE
+.PHONY: help setup demo test test-gpu test-oldest lint format typecheck wheel-test bench docs clean FORCE
 
 help: ## list the targets
 	@echo "usage: make TARGET [NAME=value ...]"
@@ -80,6 +80,14 @@ bench: setup ## time training and generation on the CPU beside transformers' own
 	@$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m benchmarks cpu-training $(ARGS)
 	$(BIN)/python -m benchmarks cpu-generate $(ARGS)
+
+$(VENV)/.docs: $(VENV)/.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs $(ARGS)
+	@echo "open build/docs/index.html"
 
 clean: ## remove the environments, builds and caches
 	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache

@@ -154,16 +154,3 @@ def test_notebook_runs_from_top_to_bottom_as_it_shows(monkeypatch, verbosity) ->
 
     assert len(perplexities(shown)) == 5
     assert perplexities(printed.getvalue()) == pytest.approx(perplexities(shown), rel=0.05)
-
-
-def test_blocks_of_the_documentation_run(monkeypatch, tmp_path) -> None:
-    """Those of docs/fine_tuning.md, one after the other, except where it says that a package is needed."""
-    text = (ROOT / "docs/fine_tuning.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"(<!-- not run[^\n]*-->\n)?```python\n(.*?)```", text, re.DOTALL)
-    run = [code for skipped, code in blocks if not skipped]
-    assert len(run) == 3 and len(blocks) == 5
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
-    for code in run:
-        exec(code, namespace)
-    assert type(namespace["merged"]).__name__ == "Mamba2ForCausalLM" and namespace["loss"].isfinite()
