@@ -85,8 +85,9 @@ $(VENV)/.docs: $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	@touch $@
 
+# -E: pages that are read from a cache would not warn again
 docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error
-	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs $(ARGS)
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -d build/doctrees docs build/docs $(ARGS)
 	@echo "open build/docs/index.html"
 
 clean: ## remove the environments, builds and caches
