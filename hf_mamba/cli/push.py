@@ -23,18 +23,22 @@ def push(
     revision: Annotated[str | None, typer.Option(help="A branch, made if there is none; main when left out.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list the files, and send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the files, list them, and send nothing.")] = False,
 ) -> None:
     """Upload FOLDER to REPO: weights, configuration, tokenizer and card; what is wrong is said before anything is sent."""
     report_console().print(f"[dim]Checking {escape(str(folder))}[/]", soft_wrap=True)
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from hf_mamba.integrations.hub import publishable_files, push_folder
+    from hf_mamba.integrations.cards import CARD
+    from hf_mamba.integrations.hub import check_private, publishable_files, push_folder
 
     facts = facts_of_options(license, base_model, dataset, language)
     try:
         if dry_run:
-            for name in publishable_files(folder, base_model):
+            files = publishable_files(folder, base_model)
+            # the card may be replaced by that of the repository
+            check_private({name: content for name, content in files.items() if name != CARD})
+            for name in files:
                 result_console().print(name, soft_wrap=True, markup=False)
             return
         commit = push_folder(

@@ -41,6 +41,7 @@ __all__ = [
     "PUSH_ARGUMENTS",
     "REMOTE_CODE",
     "auto_map",
+    "check_private",
     "publishable_files",
     "published_config",
     "push_folder",

@@ -155,6 +155,10 @@ def spoil(folder: Path, how: str) -> None:
 )
 def test_push_refuses_before_it_sends(how: str, parts: list[str], folder: Path, hub: Hub) -> None:
     spoil(folder, how)
+    if how not in ("metadata", "yaml"):
+        # which card is sent depends on the repository, which a dry run does not ask
+        assert_refused(run("push", folder, "me/tiny", "--dry-run"), *parts)
+        assert hub.requests == []
     assert_refused(run("push", folder, "me/tiny", "--license", "mit"), *parts)
     assert hub.repositories == {} and {method for method, _ in hub.requests} <= {"GET", "HEAD"}
 
