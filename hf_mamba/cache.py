@@ -49,6 +49,8 @@ class RecurrentCache(DynamicCache):
     Args:
         config: the model's configuration; only `num_hidden_layers` is read.
         max_snapshots: while recording, how many forwards can be undone.
+        ssm_dtype: what SSM states are kept in between two forwards, torch.float32 by default. torch.bfloat16 halves their memory
+            and, in large batches, the time to read and write them; docs/performance.md says what it costs in accuracy.
 
     Example:
         >>> import torch
@@ -64,16 +66,20 @@ class RecurrentCache(DynamicCache):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, config: PreTrainedConfig, max_snapshots: int = 64):
+    def __init__(self, config: PreTrainedConfig, max_snapshots: int = 64, ssm_dtype: torch.dtype | None = None):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"`config` must be a model configuration, got {type(config).__name__}; pass model.config.")
         if max_snapshots < 1:
             raise ValueError(f"`max_snapshots` must be at least 1, got {max_snapshots}.")
-        self._set_up(config.num_hidden_layers, max_snapshots)
+        if ssm_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"`ssm_dtype` must be torch.float32, torch.bfloat16, torch.float16 or None, got {ssm_dtype!r}."
+            )
+        self._set_up(config.num_hidden_layers, max_snapshots, ssm_dtype)
 
-    def _set_up(self, num_layers: int, max_snapshots: int) -> None:
-        Cache.__init__(self, layers=[RecurrentLayer() for _ in range(num_layers)])
-        self.max_snapshots = max_snapshots
+    def _set_up(self, num_layers: int, max_snapshots: int, ssm_dtype: torch.dtype | None) -> None:
+        Cache.__init__(self, layers=[RecurrentLayer(ssm_dtype) for _ in range(num_layers)])
+        self.max_snapshots, self.ssm_dtype = max_snapshots, ssm_dtype
         self.recording = False
         self._seen = 0
         self._pending: tuple[Tensor, Tensor | None] | None = None
@@ -275,7 +281,7 @@ class RecurrentCache(DynamicCache):
     def empty(self) -> "RecurrentCache":
         """A new cache for the same model, without states."""
         new = RecurrentCache.__new__(RecurrentCache)
-        new._set_up(len(self.layers), self.max_snapshots)
+        new._set_up(len(self.layers), self.max_snapshots, self.ssm_dtype)
         return new
 
     def select(self, rows: Tensor | Sequence[int]) -> "RecurrentCache":

@@ -11,7 +11,11 @@ __all__ = ["RecurrentLayer", "held_states", "read_states", "write_states"]
 
 
 class RecurrentLayer(LinearAttentionLayer):
-    """The convolution state (B, D, W - 1) and the SSM state of one layer."""
+    """The convolution state (B, D, W - 1) and the SSM state of one layer; `ssm_dtype` is what the latter is kept in, None = as it comes."""
+
+    def __init__(self, ssm_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.ssm_dtype = ssm_dtype
 
     def adopt(self, conv_state: Tensor, ssm_state: Tensor) -> None:
         """Hold these states, which nobody else may hold, instead of copying them into buffers of its own."""
@@ -91,7 +95,8 @@ def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Te
     if isinstance(layer, RecurrentLayer) and not torch.compiler.is_compiling():
         # after reset() the next batch may have another size
         if not layer.is_conv_states_initialized[0] or len(layer.conv_states[0]) != len(conv_state):
-            layer.adopt(_owned(conv_state), _owned(ssm_state))
+            dtype = ssm_state.dtype if layer.ssm_dtype is None else layer.ssm_dtype
+            layer.adopt(_owned(conv_state), _owned(ssm_state.to(dtype)))
             return
     conv_state, ssm_state = conv_state.detach(), ssm_state.detach()
     if not layer.is_conv_states_initialized[0] or len(layer.conv_states[0]) != len(conv_state):

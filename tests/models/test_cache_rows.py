@@ -111,3 +111,32 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     for use in (lambda: recorded.select([0]), lambda: recorded.save(path), lambda: cache.insert([0], recorded)):
         with pytest.raises(ValueError, match="replay after crop"):
             use()
+
+
+@ALL_MODELS
+@torch.no_grad()
+def test_states_in_half_precision(kind: str, tmp_path: Path) -> None:
+    """Half the memory, and logits that differ by the rounding of the states alone."""
+    model, ids = make_model(kind), random_ids(2, 30)
+    full, half = RecurrentCache(model.config), RecurrentCache(model.config, ssm_dtype=torch.bfloat16)
+    sizes = [9, *[1] * 12, 4, *[1] * 5]
+    expected, actual = (
+        torch.cat([model(part, cache=cache).logits for part in ids.split(sizes, dim=1)], dim=1)
+        for cache in (full, half)
+    )
+    conv = sum(pair[0].numel() * 4 for pair in full.states())
+    assert half.nbytes - conv == (full.nbytes - conv) // 2
+    assert {pair[1].dtype for pair in half.states()} == {torch.bfloat16}
+    difference = (actual - expected).abs().max().item()
+    assert 0 < difference <= 2e-2 * expected.abs().max().item()
+    # the first piece is computed before anything is rounded
+    assert torch.equal(actual[:, :9], expected[:, :9])
+    chosen = half.select([1])
+    half.save(tmp_path / "half")
+    for cache in (chosen, RecurrentCache.load(tmp_path / "half", model.config)):
+        assert {pair[1].dtype for pair in cache.states()} == {torch.bfloat16}
+
+
+def test_states_of_other_types_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`ssm_dtype` must be torch\.float32"):
+        RecurrentCache(make_model("mamba").config, ssm_dtype=torch.int8)
