@@ -11,7 +11,10 @@ __all__ = ["RecurrentLayer", "held_states", "read_states", "write_states"]
 
 
 class RecurrentLayer(LinearAttentionLayer):
-    """The convolution state (B, D, W - 1) and the SSM state of one layer; `ssm_dtype` is what the latter is kept in, None = as it comes."""
+    """The convolution state (B, D, W - 1) and the SSM state of one layer.
+
+    `ssm_dtype` is what the SSM state is kept in; None = as it comes.
+    """
 
     def __init__(self, ssm_dtype: torch.dtype | None = None):
         super().__init__()

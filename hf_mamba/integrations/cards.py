@@ -45,7 +45,7 @@ __all__ = [
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 
-PIPELINE_TAGS = {
+HEAD_TAGS = {
     "ForCausalLM": "text-generation",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -305,7 +305,7 @@ def report_results(report: Mapping[str, Any], text: str) -> list[EvalResult]:
 
 def pipeline_tag(model: "PreTrainedModel") -> str:
     """The Hub's name for what a model does, by its head."""
-    endings = (tag for ending, tag in PIPELINE_TAGS.items() if type(model).__name__.endswith(ending))
+    endings = (tag for ending, tag in HEAD_TAGS.items() if type(model).__name__.endswith(ending))
     return next(endings, UNKNOWN[1])
 
 
@@ -419,9 +419,7 @@ def _adapter_task(adapter: Mapping[str, Any]) -> tuple[str, str]:
         return ADAPTER_TASKS[task]
     # an adapter without a task: PEFT would import the base model's class only if it is told that it may, transformers loads it
     base_class = str((adapter.get("auto_mapping") or {}).get("base_model_class"))
-    ending, tag = next(
-        ((ending, tag) for ending, tag in PIPELINE_TAGS.items() if base_class.endswith(ending)), UNKNOWN
-    )
+    ending, tag = next(((ending, tag) for ending, tag in HEAD_TAGS.items() if base_class.endswith(ending)), UNKNOWN)
     return f"AutoModel{ending.removeprefix('Model')}", tag
 
 

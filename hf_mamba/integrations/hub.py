@@ -1,4 +1,4 @@
-"""Uploading models and adapters to the Hub, so that they load with hf_mamba, without it, and with `trust_remote_code`.
+"""Uploading models and adapters to the Hub.
 
 Everything is checked on this machine before the Hub is asked for anything: weights, card, and that no path or token of this
 machine goes with the files. The upload is one commit, so that a repository never holds half of it.
@@ -6,20 +6,18 @@ machine goes with the files. The upload is one commit, so that a repository neve
 
 import dataclasses
 import json
-import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from torch import Tensor
 
-from ..registration import AUTO_CLASSES, MODEL_TYPES
 from .card_rules import validate_card
 from .cards import (
     ADAPTER_CONFIG,
@@ -32,29 +30,20 @@ from .cards import (
     is_placeholder,
     read_card,
 )
+from .remote_code import REMOTE_CODE, auto_map, shim
 from .weight_files import check_weight_files, read_settings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 __all__ = [
     "PUSH_ARGUMENTS",
-    "REMOTE_CODE",
-    "auto_map",
     "check_private",
     "publishable_files",
-    "published_config",
     "push_folder",
     "push_model",
-    "write_shim",
 ]
 
 T = TypeVar("T")
 # files of a repository: where they lie here, or their content
 Files = dict[str, Path | bytes]
-
-# the file that `trust_remote_code=True` runs
-REMOTE_CODE = "modeling_hf_mamba.py"
 
 # what `save_pretrained(push_to_hub=True)` hands on
 PUSH_ARGUMENTS = (
@@ -96,51 +85,6 @@ ATTEMPTS = 5
 LONGEST_WAIT_S = 60.0
 
 
-def auto_map(model_type: str) -> dict[str, str] | None:
-    """Where the classes of a model type are that transformers has no class of its own for; None for the other types."""
-    entry = MODEL_TYPES.get(model_type)
-    if entry is None or entry.native_config_class is not None:
-        return None
-    module, prefix = REMOTE_CODE.removesuffix(".py"), entry.config_class.__name__.removesuffix("Config")
-    models = {auto_class.__name__: f"{module}.{prefix}{suffix}" for suffix, auto_class in AUTO_CLASSES.items()}
-    return {"AutoConfig": f"{module}.{prefix}Config"} | models
-
-
-def shim(names: Mapping[str, str]) -> str:
-    """The file that `names` point into. transformers reads its import and says how to install a package that is missing."""
-    classes = ", ".join(sorted({name.split(".")[1] for name in names.values()}))
-    return f"from hf_mamba import {classes}  # pip install hf-mamba\n"
-
-
-def write_shim(config: "PreTrainedConfig", folder: str | os.PathLike) -> None:
-    """Write the file that `trust_remote_code=True` runs, beside the configuration of a model type that needs it."""
-    folder, names = Path(folder), auto_map(config.model_type)
-    # an adapter is saved without a configuration
-    if names is not None and (folder / "config.json").is_file():
-        (folder / REMOTE_CODE).write_text(shim(names), encoding="utf-8")
-
-
-@contextmanager
-def published_config(config: "PreTrainedConfig") -> Iterator[None]:
-    """`config` as it is to be saved: without an instruction for initialising, and with the map to the shim if one is needed.
-
-    `rescale_prenorm_residual` is off in the file: transformers' native classes would apply it again to the weights they load.
-    """
-    # the package is imported, not copied: transformers would try to copy the file of a class that came through the shim
-    values: dict[str, Any] = {"rescale_prenorm_residual": False, "_auto_class": None}
-    names = auto_map(config.model_type)
-    if names is not None:
-        values["auto_map"] = names
-    before = {name: config.__dict__[name] for name in values if name in config.__dict__}
-    config.__dict__.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            config.__dict__.pop(name, None)
-        config.__dict__.update(before)
-
-
 def push_model(
     model: Any,
     repo_id: str,
@@ -149,6 +93,7 @@ def push_model(
     facts: CardFacts | None = None,
     tags: list[str] | str | None = None,
     max_shard_size: int | str = "5GB",
+    state_dict: dict[str, Tensor] | None = None,
     token: str | bool | None = None,
     **commit: Any,
 ) -> CommitInfo:
@@ -164,6 +109,7 @@ def push_model(
         facts: more for the card.
         tags: for the card.
         max_shard_size: the largest weight file.
+        state_dict: weights to upload instead of the model's own.
         **commit: as in `push_folder`.
 
     Raises:
@@ -175,7 +121,7 @@ def push_model(
     facts = known.over(facts or CardFacts()).over(CardFacts(base_model=hub_id(base)))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.split("/")[-1]
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=state_dict)
         # that of the save knows neither the repository nor the facts
         (folder / CARD).unlink(missing_ok=True)
         origin = None if facts.license else base

@@ -17,7 +17,7 @@ NO_RESULTS = ("runtime", "samples_per_second", "steps_per_second", "model_prepar
 
 
 class TrainerCard:
-    """Writes the card whenever the Trainer would: before each upload, after the model was saved.
+    """Writes the card whenever the Trainer would: in `push_to_hub`, after the model was saved and before it is sent.
 
     Args:
         facts: what the run does not know, the licence above all.

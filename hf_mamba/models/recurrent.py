@@ -23,7 +23,8 @@ from ..cache_names import CACHE_NAMES
 from ..integrations import peft as peft_integration
 from ..integrations.bitsandbytes import avoid_packed_kernel
 from ..integrations.cards import write_missing_card
-from ..integrations.hub import PUSH_ARGUMENTS, published_config, push_model, write_shim
+from ..integrations.hub import PUSH_ARGUMENTS, push_model
+from ..integrations.remote_code import published_config, write_shim
 from ..integrations.weight_files import explain_loading_error
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
 from ..layers.fused_step import fused_step
@@ -169,7 +170,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             write_missing_card(self, save_directory)
         if push_to_hub and is_main_process:
             repo_id = published.pop("repo_id", Path(save_directory).absolute().name)
-            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **published)
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, state_dict=state_dict, **published)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
         """Upload the model with its card as one commit; all keyword arguments are those of `hf_mamba.integrations.hub.push_model`.

@@ -267,6 +267,11 @@ def test_save_pretrained_can_push(hub: Hub, tmp_path: Path) -> None:
     assert torch.equal(logits(hf_mamba.Mamba2ForCausalLM.from_pretrained("me/mine")), logits(model))
     assert ModelCard.load("me/mine").data.datasets == ["someone/words"]
 
+    other = make_model("mamba2", seed=1)
+    model.save_pretrained(tmp_path / "mine", state_dict=other.state_dict(), push_to_hub=True, repo_id="me/mine")
+    for name in (tmp_path / "mine", "me/mine"):
+        assert torch.equal(logits(hf_mamba.Mamba2ForCausalLM.from_pretrained(name)), logits(other))
+
 
 def test_nothing_of_this_machine_is_in_what_is_saved(
     hub: Hub, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
