@@ -154,6 +154,9 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             push_to_hub: upload as `push_to_hub` does, with the keyword arguments of that, `repo_id` among them, after saving.
         """
         published = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if push_to_hub and name in kwargs}
+        if push_to_hub and state_dict is not None:
+            # saving empties the dictionary that it is given
+            published["state_dict"] = dict(state_dict)
         with published_config(self.config):
             super().save_pretrained(
                 save_directory,
@@ -170,7 +173,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             write_missing_card(self, save_directory)
         if push_to_hub and is_main_process:
             repo_id = published.pop("repo_id", Path(save_directory).absolute().name)
-            self.push_to_hub(repo_id, max_shard_size=max_shard_size, state_dict=state_dict, **published)
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **published)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
         """Upload the model with its card as one commit; all keyword arguments are those of `hf_mamba.integrations.hub.push_model`.
