@@ -229,8 +229,6 @@ def read_card(place: str | Path, token: str | bool | None = None) -> ModelCard:
     try:
         return ModelCard.load(place, token=token)  # type: ignore[arg-type]
     except (ValueError, yaml.YAMLError) as error:
-        if isinstance(error, HFValidationError):
-            raise
         raise ValueError(f"The metadata at the top of the model card {place} cannot be read: {error}") from error
 
 

@@ -67,9 +67,10 @@ def test_a_missing_shard(folder: Path) -> None:
     ("content", "words"),
     [
         ("{", "is no index"),
+        ('{"metadata": {}, "weight_map": {}}', "files of its own folder, got none"),
         ('{"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}', "files of its own folder"),
     ],
-    ids=["broken", "outside"],
+    ids=["broken", "empty", "outside"],
 )
 def test_a_damaged_index(content: str, words: str, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(content)

@@ -74,6 +74,12 @@ def test_an_overloaded_hub_is_waited_for(path: str, status: int, model, hub: Hub
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("me/tiny")), logits(model))
 
 
+def test_a_long_pause_is_cut_short(model, hub: Hub, no_waiting: list[float]) -> None:
+    hub.fail("POST", COMMIT, 429, times=1, Retry_After="86400")
+    push(model)
+    assert no_waiting == [60]
+
+
 def test_a_hub_that_stays_out_of_order_is_given_up(model, before, hub: Hub, no_waiting: list[float]) -> None:
     hub.fail("POST", COMMIT, 502, times=100)
     with pytest.raises(HfHubHTTPError, match="502"):

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
@@ -40,7 +41,10 @@ def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
 def test_push_uploads_what_loads(folder: Path, hub: Hub) -> None:
     for name in ("training_args.bin", "optimizer.pt", ".hidden"):
         (folder / name).write_bytes(b"not for others")
-    (folder / "checkpoint-10").mkdir()
+    for name in ("checkpoint-10", "runs", "__pycache__"):
+        (folder / name).mkdir()
+    (folder / "runs" / "events.out.tfevents").write_bytes(b"not for others")
+    (folder / "__pycache__" / "modeling_hf_mamba.pyc").write_bytes(b"not for others")
     (folder / "checkpoint-10" / "model.safetensors").write_bytes(b"not for others")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     listed = run("push", folder, "me/tiny", "--dry-run").stdout.split()
@@ -91,6 +95,8 @@ def test_push_proposes_a_change_to_a_branch_of_a_foreign_repository(folder: Path
     result = run("push", folder, "you/tiny", "--license", "mit", "--create-pr", "--revision", "next")
     assert result.exit_code == 0, result.output
     assert hub.branches["you/tiny", "next"] == {"notes.md": b"yours"}
+    # nobody makes branches in a foreign repository
+    assert hub.count("POST", "/branch/") == 0
 
 
 def test_push_an_adapter_that_peft_saved(hub: Hub, tmp_path: Path) -> None:
@@ -161,6 +167,38 @@ def test_push_refuses_before_it_sends(how: str, parts: list[str], folder: Path, 
         assert hub.requests == []
     assert_refused(run("push", folder, "me/tiny", "--license", "mit"), *parts)
     assert hub.repositories == {} and {method for method, _ in hub.requests} <= {"GET", "HEAD"}
+
+
+def test_push_refuses_a_card_that_names_the_home_folder(folder: Path, hub: Hub) -> None:
+    with (folder / "README.md").open("a") as card:
+        card.write(f"\nTrained on {Path.home()}/books.\n")
+    assert_refused(run("push", folder, "me/tiny", "--license", "mit"), "README.md names your home folder")
+    assert hub.repositories == {}
+
+
+def test_push_refuses_its_own_token_of_any_form(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form-0123456789")
+    (folder / "notes.txt").write_text("a-token-of-another-form-0123456789")
+    result = run("push", folder, "me/tiny", "--dry-run")
+    assert_refused(result, "notes.txt holds a token")
+    assert "another-form" not in result.output
+
+
+@pytest.mark.parametrize(("options", "private"), [([], None), (["--private"], True)], ids=["left open", "private"])
+def test_push_leaves_open_whether_a_repository_is_private(
+    options: list[str], private: bool | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """False would make it public where an organisation's default is private."""
+    given = {}
+
+    def create_repo(api: HfApi, repo_id: str, **arguments: Any) -> None:
+        given.update(arguments)
+        raise RuntimeError("no further")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr("hf_mamba.integrations.hub._card_of", lambda *_: None)
+    assert_refused(run("push", folder, "me/tiny", "--license", "mit", *options), "no further")
+    assert given["private"] is private
 
 
 def test_push_needs_a_licence(folder: Path, hub: Hub) -> None:

@@ -218,6 +218,10 @@ def test_trainer_with_a_card_of_ours(hub: Hub, tmp_path: Path, tokenizer: PreTra
     measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("loss", measured)]
     assert "## Architecture" in card.text and "1 steps" in card.text and "learning_rate" in card.text
+    sent = dict(hub.repositories["me/run"])
+    with pytest.raises(ValueError, match="`base_model` must be an id"):
+        trainer.push_to_hub(finetuned_from="/home/me/base")
+    assert hub.repositories["me/run"] == sent
 
 
 def test_revisions_and_shards_of_an_earlier_upload(hub: Hub) -> None:
