@@ -232,9 +232,7 @@ def _ssd_bwd_kernel(
                 b_dy = b_dy.to(DTYPE)
             dpairs += product(b_x.to(DTYPE), tl.trans(b_dy), PRECISION)
             if EXACT:
-                du = over_states(
-                    B, stride_B_t, real, leaving, slot, head, block * PB, H, P, N, PB, PART, Q, PRECISION
-                )
+                du = over_states(B, stride_B_t, real, leaving, slot, head, block * PB, H, P, N, PB, PART, Q, PRECISION)
             else:
                 du = product(b_B, tl.trans(tl.load(leaving + offsets, mask=mask, other=0.0)), PRECISION)
             du *= to_end[:, None]
