@@ -36,7 +36,6 @@ __all__ = [
     "load_gradient",
     "load_rows",
     "marks_of_block",
-    "over_states",
     "plan_of",
     "product",
     "segment_of_program",
@@ -51,8 +50,8 @@ __all__ = [
 
 # enough programs to give each multiprocessor of a large GPU two of them
 TARGET_PROGRAMS = 264
-# most channels of a program; the operands of fp32 products take more registers
-LARGEST_CHANNELS, LARGEST_CHANNELS_FP32 = 64, 32
+# most channels of a program
+LARGEST_CHANNELS = 64
 # tokens of the shortest segment worth the second pass over its inputs
 SHORTEST_SEGMENT = 512
 
@@ -160,7 +159,9 @@ def precision_of(dtype: torch.dtype) -> str:
 
 def block_of(dtype: torch.dtype, size: int) -> int:
     """Q: as many tokens as leave room for the operands of a block in shared memory."""
-    return 32 if size > 128 or dtype == torch.float32 else 64
+    if size > 128:
+        return 32
+    return 32 if dtype == torch.float32 and size > 64 else 64
 
 
 def plan_of(operands: Operands) -> Plan:
@@ -171,8 +172,9 @@ def plan_of(operands: Operands) -> Plan:
     dtype = operands.x.dtype if same else torch.float32
     block = block_of(dtype, size)
     # a program keeps (channels, states) in registers
-    largest = LARGEST_CHANNELS_FP32 if dtype == torch.float32 else LARGEST_CHANNELS
-    channels = min(largest // 2 if size > 128 else largest, max(16, triton.next_power_of_2(head_dim)))
+    channels = min(
+        LARGEST_CHANNELS // 2 if size > 128 else LARGEST_CHANNELS, max(16, triton.next_power_of_2(head_dim))
+    )
     channel_blocks = triton.cdiv(head_dim, channels)
     sequences = batch if operands.cu_seqlens is None else operands.cu_seqlens.shape[0] - 1
     pieces = TARGET_PROGRAMS // max(1, sequences * heads * channel_blocks)
@@ -381,11 +383,11 @@ def load_gradient(
     Q: tl.constexpr,
     HAS_Z: tl.constexpr,
 ):
-    """The gradient of y before the gate, (Q, PB): fp32 if there is one, else in its own dtype."""
+    """The gradient of y before the gate, (Q, PB) in its own dtype."""
     value = load_rows(dy, stride_dy, real, first, P, PB, Q)
     if HAS_Z:
         gate, _sigmoid = silu_parts(load_rows(z, stride_z, real, first, P, PB, Q).to(tl.float32))
-        value = value.to(tl.float32) * gate
+        value = (value.to(tl.float32) * gate).to(value.dtype)
     return value
 
 
@@ -399,39 +401,6 @@ def state_offsets(
     inner = p[:, None] * N + n[None, :]
     mask = (p[:, None] < P) & (n[None, :] < N)
     return (index * H + head) * (P * N) + inner, mask
-
-
-@triton.jit
-def over_states(
-    tokens,
-    stride_t,
-    real,
-    states,
-    index,
-    head,
-    first,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    PB: tl.constexpr,
-    NS: tl.constexpr,
-    Q: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Products of tokens (…, N) and a state of (…, H, P, N), (Q, PB) in fp32, NS states at a time.
-
-    Operands of fp32 products wait in registers, twice in three TF32 products: for all states at once they do not fit.
-    """
-    p = first + tl.arange(0, PB)
-    states += (index * H + head) * (P * N)
-    sums = tl.zeros((Q, PB), tl.float32)
-    for start in range(0, N, NS):
-        n = start + tl.arange(0, NS)
-        mask = (p[:, None] < P) & (n[None, :] < N)
-        state = tl.load(states + p[:, None] * N + n[None, :], mask=mask, other=0.0)
-        value = load_rows(tokens, stride_t, real, start, N, NS, Q).to(tl.float32)
-        sums += product(value, tl.trans(state), PRECISION)
-    return sums
 
 
 @triton.jit

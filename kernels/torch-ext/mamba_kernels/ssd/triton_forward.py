@@ -35,9 +35,7 @@ from .triton_states import launch_states, new_locals
 
 __all__ = ["ssd_forward"]
 
-FORWARD, FORWARD_FP32 = Tuning(warps=4, stages=2), Tuning(warps=8, stages=1)
-# Q of this kernel alone: fp32 products of more tokens spill kilobytes of registers, and take seconds to compile
-BLOCK_FP32 = 16
+FORWARD = Tuning(warps=4, stages=2)
 
 
 @ssd_kernel
@@ -190,11 +188,6 @@ def ssd_forward(
     placeholder = operands.A
     added, decay = (placeholder, placeholder) if local is None else local
     z = operands.z
-    meta = plan.meta(operands)
-    tuning = FORWARD
-    if plan.dtype == torch.float32:
-        meta["Q"] = min(meta["Q"], BLOCK_FP32)
-        tuning = FORWARD_FP32
     _ssd_fwd_kernel[(plan.n_slots * plan.channel_blocks * plan.heads,)](
         x,
         operands.dt,
@@ -223,13 +216,13 @@ def ssd_forward(
         plan.segment,
         plan.n_segments,
         plan.n_blocks,
-        **meta,
+        **plan.meta(operands),
         HAS_D=operands.D is not None,
         D_PER_CHANNEL=operands.D is not None and operands.D.dim() == 2,
         HAS_INITIAL=operands.initial_states is not None,
         SPLIT=plan.split,
         SAVE=starts is not None,
         FINAL=return_final_states,
-        **tuning.options(),
+        **FORWARD.options(),
     )
     return y, final, starts

@@ -24,7 +24,6 @@ from .triton_common import (
     inside_decays,
     load_rows,
     marks_of_block,
-    over_states,
     product,
     segment_of_program,
     silu_parts,
@@ -39,8 +38,6 @@ from .triton_projections import ProjectionGradients
 __all__ = ["InputGradients", "launch_inputs"]
 
 INPUTS, INPUTS_FP32 = Tuning(warps=4, stages=1), Tuning(warps=8, stages=1)
-# states at a time in fp32 products
-PART_FP32 = 32
 # heads that share the products of B and C
 HEADS_OF_PROGRAM = 4
 
@@ -119,7 +116,6 @@ def _ssd_bwd_kernel(
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
     NS: tl.constexpr,
-    PART: tl.constexpr,
     HAS_D: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr,
 ):
@@ -159,16 +155,9 @@ def _ssd_bwd_kernel(
     by_carry += slot * H
     B += row * stride_B_b + t64 * stride_B_t + group * stride_B_g
     C += row * stride_C_b + t64 * stride_C_t + group * stride_C_g
-    if EXACT:
-        similarity = tl.zeros((Q, Q), tl.float32)
-        for n in range(0, N, PART):
-            part_of_B = load_rows(B, stride_B_t, real, n, N, PART, Q).to(DTYPE)
-            part_of_C = load_rows(C, stride_C_t, real, n, N, PART, Q).to(DTYPE)
-            similarity += product(part_of_B, tl.trans(part_of_C), PRECISION)
-    else:
-        b_B = load_rows(B, stride_B_t, real, 0, N, NB, Q).to(DTYPE)
-        b_C = load_rows(C, stride_C_t, real, 0, N, NB, Q).to(DTYPE)
-        similarity = product(b_B, tl.trans(b_C), PRECISION)
+    b_B = load_rows(B, stride_B_t, real, 0, N, NB, Q).to(DTYPE)
+    b_C = load_rows(C, stride_C_t, real, 0, N, NB, Q).to(DTYPE)
+    similarity = product(b_B, tl.trans(b_C), PRECISION)
     for head in range(first_head, last_head):
         wide_head = head + tl.full((), 0, tl.int64)
         rate = tl.load(A + head).to(tl.float32)
@@ -186,13 +175,12 @@ def _ssd_bwd_kernel(
         through_output = tl.zeros((Q,), tl.float32)
         through_carry = 0.0
         for states in tl.static_range(NB // NS):
-            if not HAS_Z:
-                through_output += tl.load(by_output + states * part_of_tokens + i * H + head, mask=inside, other=0.0)
+            through_output += tl.load(by_output + states * part_of_tokens + i * H + head, mask=inside, other=0.0)
             through_carry += tl.load(by_carry + states * part_of_blocks + head)
         dpairs = tl.zeros((Q, Q), tl.float32)
         through_input = tl.zeros((Q,), tl.float32)
         b_dD = 0.0
-        for block in range(BLOCKS):
+        for block in tl.static_range(BLOCKS):
             p = block * PB + tl.arange(0, PB)
             columns = i[:, None] * (H * P) + p[None, :]
             to_store = inside[:, None] & (p < P)[None, :]
@@ -207,42 +195,25 @@ def _ssd_bwd_kernel(
             if HAS_Z:
                 b_z = load_rows(z + wide_head * stride_z_h, stride_z_t, real, block * PB, P, PB, Q).to(tl.float32)
                 silu, sigmoid = silu_parts(b_z)
-                wide_dy = b_dy.to(tl.float32)
-                if EXACT:
-                    b_y = over_states(
-                        C, stride_C_t, real, entering, slot, head, block * PB, H, P, N, PB, PART, Q, PRECISION
-                    )
-                else:
-                    b_y = product(b_C, tl.trans(tl.load(entering + offsets, mask=mask, other=0.0)), PRECISION)
-                b_y *= from_start[:, None]
-                through_output += tl.sum(wide_dy * silu * b_y, 1)
+                state = tl.load(entering + offsets, mask=mask, other=0.0)
+                b_y = product(b_C, tl.trans(state), PRECISION) * from_start[:, None]
                 u = (b_x.to(tl.float32) * step[:, None]).to(DTYPE)
                 b_y += product(tl.trans(scores), u, PRECISION)
                 if HAS_D:
                     b_y += skip * b_x.to(tl.float32)
+                wide_dy = b_dy.to(tl.float32)
                 b_dz = wide_dy * b_y * (sigmoid + silu * (1.0 - sigmoid))
                 tl.store(dz + wide_head * P + columns, b_dz, mask=to_store)
-                wide_dy *= silu
-                b_dy = wide_dy.to(DTYPE)
-                if not EXACT:
-                    # gradients of A, D and dt_bias add up everything, so that what 16 bits leave out of dy silu(z) shows there
-                    rest_of_dy = (wide_dy - b_dy.to(tl.float32)).to(DTYPE)
-                    dpairs += product(b_x.to(DTYPE), tl.trans(rest_of_dy), PRECISION)
-            else:
-                b_dy = b_dy.to(DTYPE)
-            dpairs += product(b_x.to(DTYPE), tl.trans(b_dy), PRECISION)
-            if EXACT:
-                du = over_states(B, stride_B_t, real, leaving, slot, head, block * PB, H, P, N, PB, PART, Q, PRECISION)
-            else:
-                du = product(b_B, tl.trans(tl.load(leaving + offsets, mask=mask, other=0.0)), PRECISION)
-            du *= to_end[:, None]
+                b_dy = (wide_dy * silu).to(b_dy.dtype)
+            dpairs += product(b_x.to(DTYPE), tl.trans(b_dy.to(DTYPE)), PRECISION)
+            dstate = tl.load(leaving + offsets, mask=mask, other=0.0)
+            du = product(b_B, tl.trans(dstate), PRECISION) * to_end[:, None]
             wide_x = b_x.to(tl.float32)
             through_input += tl.sum(wide_x * du, 1)
-            du += product(scores, b_dy, PRECISION)
+            du += product(scores, b_dy.to(DTYPE), PRECISION)
             b_dx = du * step[:, None]
             if HAS_D:
-                if not HAS_Z:
-                    wide_dy = b_dy.to(tl.float32)
+                wide_dy = b_dy.to(tl.float32)
                 b_dx += skip * wide_dy
                 if D_PER_CHANNEL:
                     share = tl.sum(wide_dy * wide_x, 0)
@@ -341,7 +312,6 @@ def launch_inputs(
         projections.by_carry.stride(0),
         **meta,
         NS=meta["NB"] // projections.by_carry.shape[0],
-        PART=min(PART_FP32, meta["NB"]),
         HAS_D=D is not None,
         D_PER_CHANNEL=per_channel,
         **tuning.options(),

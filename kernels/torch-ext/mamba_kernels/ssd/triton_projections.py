@@ -38,7 +38,7 @@ PROJECTIONS, PROJECTIONS_FP32 = Tuning(warps=8, stages=2), Tuning(warps=8, stage
 # programs that fill a large GPU; heads of a group are spread over several programs to get there
 TARGET_PROGRAMS = 264
 # most states of a program
-LARGEST_PART, LARGEST_PART_FP32 = 128, 32
+LARGEST_PART = 128
 
 
 class ProjectionGradients(NamedTuple):
@@ -46,7 +46,7 @@ class ProjectionGradients(NamedTuple):
 
     B: Tensor
     C: Tensor
-    by_output: Tensor  # (parts of N, B, L, H), unused with a gate
+    by_output: Tensor  # (parts of N, B, L, H)
     by_carry: Tensor  # (parts of N, blocks, H)
 
 
@@ -114,9 +114,8 @@ def _ssd_bwd_projections_kernel(
 ):
     """Gradients of B and C in a block of tokens, NS states of them, from `heads_of_program` heads of a group.
 
-    dB, dC: (parts, B, L, G, N), a part from each program of a group. For the steps it leaves by_carry (N / NS, blocks, H), the
-    gradient in the exponent of carry, and by_output (N / NS, B, L, H), that in the exponent of from_start. With a gate the
-    next kernel finds the latter itself, as it knows the output and its gradient in fp32.
+    dB, dC: (parts, B, L, G, N), a part from each program of a group. For the steps it leaves by_output (N / NS, B, L, H), the
+    output's gradient in the exponent of from_start, and by_carry (N / NS, blocks, H), that of carry.
     """
     BLOCKS: tl.constexpr = (P + PB - 1) // PB
     STATES: tl.constexpr = NB // NS
@@ -189,14 +188,12 @@ def _ssd_bwd_projections_kernel(
             dstate = tl.load(leaving + offsets, mask=mask, other=0.0)
             dpairs += product(b_x, tl.trans(b_dy), PRECISION)
             through_state = product(b_dy, state, PRECISION) * from_start[:, None]
-            if not HAS_Z:
-                through_output += tl.sum(through_state * b_C.to(tl.float32), 1)
+            through_output += tl.sum(through_state * b_C.to(tl.float32), 1)
             b_dC += through_state
             b_dB += product(b_x, dstate, PRECISION) * (step * to_end)[:, None]
             through_carry += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
         dsimilarity += dpairs * inside_decays(cum, rest, number, Q, EXACT, MARKS, True) * step[:, None]
-        if not HAS_Z:
-            tl.store(by_output + i * H + head, through_output, mask=inside)
+        tl.store(by_output + i * H + head, through_output, mask=inside)
         tl.store(by_carry + head, through_carry)
 
     b_B = load_rows(B, stride_B_t, real, n0, N, NS, Q).to(DTYPE)
@@ -217,8 +214,7 @@ def launch_projections(
     meta = plan.meta(operands)
     blocks = entering.shape[0]
     heads = plan.heads // plan.groups
-    exact = plan.dtype == torch.float32
-    states = min(meta["NB"], LARGEST_PART_FP32 if exact else LARGEST_PART)
+    states = min(meta["NB"], LARGEST_PART)
     splits = meta["NB"] // states
     heads_of_program = triton.cdiv(heads, min(heads, max(1, TARGET_PROGRAMS // (blocks * plan.groups * splits))))
     parts = triton.cdiv(heads, heads_of_program)
@@ -229,7 +225,7 @@ def launch_projections(
     by_output = torch.empty((splits, *tokens, plan.heads), dtype=torch.float32, device=x.device)
     by_carry = torch.empty((splits, blocks, plan.heads), dtype=torch.float32, device=x.device)
     placeholder = operands.A
-    tuning = PROJECTIONS_FP32 if exact else PROJECTIONS
+    tuning = PROJECTIONS_FP32 if plan.dtype == torch.float32 else PROJECTIONS
     _ssd_bwd_projections_kernel[(blocks * plan.groups * parts * splits,)](
         x,
         grad_y,

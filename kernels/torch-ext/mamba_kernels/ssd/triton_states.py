@@ -185,12 +185,7 @@ def _ssd_states_kernel(
         if not LOCAL or LOCAL == 2:
             slot_of_block, _same = state_offsets(first_block + number_of_block, head, first, H, P, N, PB, NB)
             tl.store(keep + slot_of_block, state.to(DTYPE), mask=(mask & (is_local == 0)) != 0)
-        value *= weight[:, None]
-        rounded = value.to(DTYPE)
-        state = carry * state + product(tl.trans(rounded), vector, PRECISION)
-        if not EXACT:
-            # what 16 bits leave out: it adds up over the blocks, and in the gradients of A and dt_bias over everything
-            state += product(tl.trans((value - rounded.to(tl.float32)).to(DTYPE)), vector, PRECISION)
+        state = carry * state + product(tl.trans((value * weight[:, None]).to(DTYPE)), vector, PRECISION)
         kept = kept * carry
 
     if LOCAL:
