@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_mamba.layers.loss import chunked_cross_entropy
 
@@ -52,13 +53,59 @@ INPUTS = {
 @ALL_MODELS
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_loss_without_logits_is_the_loss(kind: str, inputs: str, monkeypatch) -> None:
-    """Of MoE-Mamba too, where the routers' losses are added."""
+    """Of MoE-Mamba too, where the routers' losses are added. All in fp64: in fp32, sums that cancel differ by their rounding."""
     monkeypatch.setattr("hf_mamba.layers.loss.MAX_LOGITS", 7 * VOCAB)
-    model = make_model(kind).train()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    model = make_model(kind).train().double()
     given = {"input_ids": IDS} | INPUTS[inputs]
     expected = step(model, **given)
     assert model(**given, skip_logits=True).logits is None
-    assert_same_step(step(model, **given, skip_logits=True), expected)
+    assert_same_step(step(model, **given, skip_logits=True), expected, tolerance=1e-8)
+
+
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("trained", ["weight, bias and x", "weight and x", "x", "weight", "bias"])
+def test_gradients_of_the_loss_against_fp64(device: str, dtype: torch.dtype, trained: str) -> None:
+    """Whichever of head and hidden states are trained; ignored targets, those at the end of a part too; a loss that is scaled."""
+    torch.manual_seed(0)
+    head = nn.Linear(24, 301, bias="bias" in trained).to(device, dtype)
+    hidden = torch.randn(3, 33, 24, device=device, dtype=dtype)
+    targets = torch.randint(301, (3, 33), device=device)
+    targets[0, :14], targets[1, -1] = -100, -100
+    wanted = {"weight": head.weight, "bias": head.bias, "x": hidden}
+    for name, tensor in wanted.items():
+        if tensor is not None:
+            tensor.requires_grad_(name in trained)
+    exact = copy.deepcopy(head).double()
+    x = hidden.detach().double().requires_grad_(hidden.requires_grad)
+    expected = F.cross_entropy(exact(x).flatten(0, 1), targets.flatten())
+    (3 * expected).backward()
+    loss = chunked_cross_entropy(head, hidden, targets, chunk_size=14)
+    (3 * loss).backward()
+    assert abs(loss - expected) <= DTYPES[dtype] * expected
+    for name, tensor in {"weight": exact.weight, "bias": exact.bias, "x": x}.items():
+        if name in trained:
+            assert wanted[name].grad.dtype == dtype
+            difference = (wanted[name].grad.double() - tensor.grad).abs().max()
+            assert difference <= DTYPES[dtype] * tensor.grad.abs().max(), name
+        else:
+            assert tensor is None or wanted[name].grad is None
+    with torch.no_grad():
+        assert abs(chunked_cross_entropy(head, hidden, targets, chunk_size=14) - loss) <= 1e-6 * loss
+
+
+def test_head_and_loss_multiply_three_times() -> None:
+    """Forward, and backward for hidden states and weight: no logits are computed twice."""
+    head, hidden, targets = nn.Linear(8, 50), torch.randn(64, 8, requires_grad=True), torch.randint(50, (64,))
+    with FlopCounterMode(display=False) as counted:
+        chunked_cross_entropy(head, hidden, targets, chunk_size=8).backward()
+    # the gradient of the bias is a product with a row
+    assert counted.get_total_flops() == 3 * 2 * 64 * 8 * 50 + 2 * 64 * 50
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

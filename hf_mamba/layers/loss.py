@@ -1,10 +1,12 @@
 """Cross-entropy of a linear head, a part of the tokens at a time, so that the logits of all of them never exist.
 
 At a vocabulary of 50,000 and 16,384 tokens, logits and their gradient are 3.3 GB each in fp32: more than all the layers of a
-small model keep. Here a part of them exists at a time, and backward computes it again.
+small model keep. Here a part of them exists at a time. The gradient of the loss needs nothing that comes after it, so it is made
+of the same logits and nothing is computed twice; of a head that has to be called (an adapter, quantised, offloaded), backward
+computes the parts again.
 
 torch 2.13's own `linear_cross_entropy` was measured beside it and returns a loss in the dtype of its inputs: in bf16 the sum
-over 2,048 tokens was 4 % off. Liger's kernel, which computes nothing twice, is used on GPUs where it is installed (`pip install
+over 2,048 tokens was 4 % off. Liger's kernel, which works as this does, is used on GPUs where it is installed (`pip install
 hf-mamba[liger]`).
 
 Symbols: N tokens, d model width, V vocabulary.
@@ -16,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -66,6 +69,10 @@ def chunked_cross_entropy(
     if chunk_size is None:
         # a quantised weight may not show the vocabulary
         chunk_size = max(1, MAX_LOGITS // (vocab_size or cast(Any, head).out_features))
+    if is_plain_linear(head) and type(head.weight) is nn.Parameter:
+        return (
+            LinearCrossEntropy.apply(hidden_states, head.weight, head.bias, targets, ignore_index, chunk_size) / items
+        )
 
     def summed(x: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(head(x).float(), wanted, ignore_index=ignore_index, reduction="sum")
@@ -80,6 +87,91 @@ def chunked_cross_entropy(
             part = summed(x, wanted)
         total = total + part
     return total / items
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the cross-entropies of `x @ weight.T + bias`; gradients are made in forward, of the same logits.
+
+    x (N, d), weight (V, d), bias (V,) or None, targets (N,); returns () fp32. The gradients of weight and bias are summed
+    over the parts in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ignore_index: int,
+        chunk_size: int,
+    ) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        parts_of_x: list[Tensor] = []
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wants_bias else None
+        total = x.new_zeros((), dtype=wide)
+        with torch.autocast(device, enabled=False):
+            for whole, wanted in zip(x.split(chunk_size), targets.split(chunk_size), strict=True):
+                part = whole.to(dtype)
+                logits = F.linear(part, head, offset)
+                counts = wanted != ignore_index
+                index = wanted.where(counts, 0)[:, None]
+                logs = torch.log_softmax(logits, dim=-1, dtype=wide)
+                chosen = logs.gather(1, index)
+                total = total - chosen.squeeze(1).where(counts, 0).sum()
+                if not (wants_x or wants_weight or wants_bias):
+                    continue
+                # softmax minus one at the target, in the dtype of the products that follow; rows that do not count are
+                # left out there, where they are narrow
+                grads = _exponentials(logs, logits).scatter_(1, index, torch.expm1(chosen).to(dtype))
+                rows = counts[:, None]
+                if wants_x:
+                    parts_of_x.append((grads @ head).where(rows, 0).to(x.dtype))
+                if grad_weight is not None:
+                    grad_weight = _add_product(grad_weight, grads, part.where(rows, 0))
+                if grad_bias is not None:
+                    grad_bias = grad_bias + (rows.to(dtype).mT @ grads).squeeze(0)
+        ctx.save_for_backward(torch.cat(parts_of_x) if wants_x else None, grad_weight, grad_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_x is None else grad_x * grad,
+            None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _exponentials(logs: Tensor, like: Tensor) -> Tensor:
+    """`exp(logs)` in the dtype of `like`, whose memory it takes."""
+    if torch.compiler.is_compiling():
+        return logs.exp().to(like.dtype)
+    return torch.exp(logs, out=like)
+
+
+def _add_product(total: Tensor, grads: Tensor, x: Tensor) -> Tensor:
+    """`total + grads.T @ x`, summed in the dtype of `total`, in place if it can be."""
+    if torch.compiler.is_compiling():
+        return total + grads.mT @ x
+    if total.dtype == x.dtype:
+        return torch.addmm(total, grads.mT, x, out=total)
+    if x.is_cuda:
+        # without rounding the product first
+        return torch.addmm(total, grads.mT, x, out_dtype=total.dtype, out=total)
+    return total.add_(grads.mT @ x)
 
 
 @functools.cache
