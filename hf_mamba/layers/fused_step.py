@@ -1,4 +1,4 @@
-"""A block's decoding step on a GPU in four or five launches: norm and residual go into the projections.
+"""A block's decoding step on a GPU in four or five launches, seven for many rows: norm and residual go into the projections.
 
 Only where calling the modules one after the other would do nothing else: everything plain, unhooked, and in one dtype. The
 states are those of the ordinary step, so one can follow the other.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mamba_kernels import fused_linear, mamba2_step, mamba_step
-from mamba_kernels.dispatch import MOST_ROWS, select
+from mamba_kernels.dispatch import select
 
 from ..cache_layer import read_states
 from .convolution import CausalConv1d
@@ -37,7 +37,7 @@ def fused_step(
         cache: the states, updated in place.
         seq_idx: anything but None means that this is no plain step.
     """
-    if residual.shape[0] > MOST_ROWS or not can_step(residual, seq_idx) or torch.compiler.is_compiling():
+    if not can_step(residual, seq_idx) or torch.compiler.is_compiling():
         return None
     if select("fused_linear", residual.device) != "triton":
         return None

@@ -67,13 +67,11 @@ def test_limits_of_the_time_step(device: torch.device, taken: list[str]) -> None
     assert taken
 
 
-def test_only_a_few_rows(device: torch.device, taken: list[str]) -> None:
-    model = make_model("mamba").to(device)
-    assert_steps_equal_the_sequence(model, device, batch=MOST_ROWS)
-    assert taken
-    taken.clear()
-    assert_steps_equal_the_sequence(model, device, batch=MOST_ROWS + 1)
-    assert not taken
+@KINDS
+@pytest.mark.parametrize("batch", [MOST_ROWS, MOST_ROWS + 1, 17])
+def test_any_number_of_rows(device: torch.device, taken: list[str], kind: str, batch: int) -> None:
+    assert_steps_equal_the_sequence(make_model(kind).to(device), device, batch=batch)
+    assert len(taken) == 10
 
 
 def _hook(model: Any) -> None:

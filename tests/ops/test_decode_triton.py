@@ -25,6 +25,16 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "linear-one-row": {"op": LINEAR, "rows": 1},
     "linear-four-rows": {"op": LINEAR, "rows": 4, "norm": True},
     "linear-beyond-four-rows": {"op": LINEAR, "rows": 5},
+    "linear-many-rows": {"op": LINEAR, "rows": 9, "norm": True, "bias": True, "residual": True},
+    "linear-many-rows-groups": {"op": LINEAR, "rows": 9, "norm": True, "gated": True, "inputs": 60, "group_size": 20},
+    "linear-many-rows-strided": {
+        "op": LINEAR,
+        "rows": 9,
+        "norm": True,
+        "gated": True,
+        "residual": True,
+        "strided": True,
+    },
     "linear-odd-widths": {"op": LINEAR, "inputs": 37, "outputs": 11},
     "linear-norm": {"op": LINEAR, "norm": True},
     "linear-norm-odd-width": {"op": LINEAR, "norm": True, "inputs": 37},
@@ -38,6 +48,8 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "mamba-norm": {"op": MAMBA, "norm_eps": 1e-3},
     "mamba-odd": {"op": MAMBA, "channels": 37, "size": 5, "rank": 3, "strided": True},
     "mamba-one-state": {"op": MAMBA, "size": 1, "rank": 1, "channels": 3},
+    "mamba-many-rows": {"op": MAMBA, "rows": 9, "channels": 37, "size": 5, "rank": 3, "strided": True},
+    "mamba-many-rows-norm": {"op": MAMBA, "rows": 9, "norm_eps": 1e-3},
     "mamba2": {"op": MAMBA2},
     "mamba2-groups": {"op": MAMBA2, "groups": 2, "strided": True},
     "mamba2-limits": {"op": MAMBA2, "limit": (0.3, 0.9)},
@@ -169,7 +181,7 @@ GPU_CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_on_a_gpu(case: str, dtype: torch.dtype) -> None:
-    for rows in (1, 2, 3, 4, 5):
+    for rows in (1, 2, 3, 4, 5, 9, 64):
         torch.manual_seed(rows)
         for name, error in errors(**{"rows": rows, **GPU_CASES[case]}, dtype=dtype, device="cuda").items():
             assert error <= TOLERANCES[dtype], (name, rows)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..dispatch import MOST_ROWS, left_to_eager
 from .eager import fused_linear_eager
+from .triton_rows import linear_of_many_rows
 
 __all__ = ["Tuning", "choose", "fused_linear_triton"]
 
@@ -150,14 +151,23 @@ def fused_linear_triton(
     group_size: int | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`fused_linear` in Triton; arguments as there, assumed to be checked. Many rows, fp64 and empty inputs run in eager."""
+    """`fused_linear` in Triton; arguments as there, assumed to be checked. Many rows are left to torch's product, fp64 to eager."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
     group = inputs if group_size is None else group_size
     tuning = choose(min(max(rows, 1), MOST_ROWS), inputs, outputs, group, z is not None) if inputs else None
     splits_badly = tuning is None or (group < inputs and group % tuning.inputs != 0)
-    if rows > MOST_ROWS or outputs == 0 or splits_badly or left_to_eager(x, weight, bias, norm_weight, z, residual):
-        return fused_linear_eager(
+    empty = rows == 0 or outputs == 0 or inputs == 0
+    if empty or left_to_eager(x, weight, bias, norm_weight, z, residual):
+        run = fused_linear_eager
+    elif rows > MOST_ROWS or splits_badly:
+        run = linear_of_many_rows
+        x = x if x.stride(1) == 1 else x.contiguous()
+        z = z if z is None or z.stride(1) == 1 else z.contiguous()
+    else:
+        run = None
+    if run is not None:
+        return run(
             x,
             weight,
             bias=bias,

@@ -17,8 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..dispatch import left_to_eager
+from ..norm.triton_norm import rms_norm_triton
 from ..selective_scan.triton_common import LOG2_E, softplus
 from .eager import mamba2_step_eager, mamba_step_eager
 
@@ -26,6 +28,10 @@ __all__ = ["mamba2_step_triton", "mamba_step_triton"]
 
 # channels of a program of mamba_step
 CHANNELS = 32
+# and where there are many rows: one warp with 16 states a thread
+PROJECTED_CHANNELS = 32
+# from this many rows on, dt_proj is a product of matrices of its own: a program would read its weight for one row only
+PROJECTED_ROWS = 8
 # elements of a state in a program of mamba2_step, and in a warp
 TILE, WARP_TILE = 2048, 512
 
@@ -61,8 +67,9 @@ def _mamba_step_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
     NORM: tl.constexpr,
+    PROJECTED: tl.constexpr,
 ):
-    """y (B, D) and the state in place."""
+    """y (B, D) and the state in place. With PROJECTED, dt_weight is dt (B, D) after `dt_proj`, without its bias."""
     blocks: tl.constexpr = (DIM + BD - 1) // BD
     entry = (tl.program_id(0) // blocks).to(tl.int64)
     d = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
@@ -73,21 +80,26 @@ def _mamba_step_kernel(
     mask = is_channel[:, None] & is_state[None, :]
     cells = d[:, None] * N + n[None, :]
     # what depends on the launch before comes last
-    weights = tl.load(
-        dt_weight + d[:, None] * R + r[None, :], mask=is_channel[:, None] & (r < R)[None, :], other=0.0
-    ).to(tl.float32)
+    if not PROJECTED:
+        weights = tl.load(
+            dt_weight + d[:, None] * R + r[None, :], mask=is_channel[:, None] & (r < R)[None, :], other=0.0
+        ).to(tl.float32)
     rate = -tl.exp(tl.load(A_log + cells, mask=mask, other=0.0).to(tl.float32)) * LOG2_E
     bias = tl.load(dt_bias + d, mask=is_channel, other=0.0).to(tl.float32)
     skip = tl.load(D + d, mask=is_channel, other=0.0).to(tl.float32)
     held = state + entry * stride_state + cells
     h = tl.load(held, mask=mask, other=0.0).to(tl.float32)
     parameters += entry * stride_parameters
-    low = _normed(tl.load(parameters + r, mask=r < R, other=0.0).to(tl.float32), R, norm_eps, NORM)
+    if PROJECTED:
+        step = tl.load(dt_weight + entry * DIM + d, mask=is_channel, other=0.0).to(tl.float32)
+    else:
+        low = _normed(tl.load(parameters + r, mask=r < R, other=0.0).to(tl.float32), R, norm_eps, NORM)
+        step = tl.sum(weights * low[None, :], 1)
     b_B = _normed(tl.load(parameters + R + n, mask=is_state, other=0.0).to(tl.float32), N, norm_eps, NORM)
     b_C = _normed(tl.load(parameters + R + N + n, mask=is_state, other=0.0).to(tl.float32), N, norm_eps, NORM)
     inputs = tl.load(x + entry * stride_x + d, mask=is_channel, other=0.0).to(tl.float32)
     gate = tl.load(z + entry * stride_z + d, mask=is_channel, other=0.0).to(tl.float32)
-    delta = softplus(tl.sum(weights * low[None, :], 1) + bias)
+    delta = softplus(step + bias)
     h = tl.exp2(delta[:, None] * rate) * h + (delta * inputs)[:, None] * b_B[None, :]
     out = (tl.sum(h * b_C[None, :], 1) + skip * inputs) * (gate * tl.sigmoid(gate))
     tl.store(y + entry * DIM + d, out.to(y.dtype.element_ty), mask=is_channel)
@@ -111,8 +123,13 @@ def mamba_step_triton(
         return mamba_step_eager(state, x, parameters, dt_weight, dt_bias, A_log, D, z, norm_eps=norm_eps)
     x, z, parameters = (v if v.stride(1) == 1 else v.contiguous() for v in (x, z, parameters))
     rank = dt_weight.shape[1]
+    projected = batch >= PROJECTED_ROWS
+    if projected:
+        low = parameters[:, :rank]
+        dt_weight = F.linear(low if norm_eps is None else rms_norm_triton(low, None, norm_eps), dt_weight)
+    block = PROJECTED_CHANNELS if projected else CHANNELS
     y = torch.empty(batch, channels, dtype=x.dtype, device=x.device)
-    _mamba_step_kernel[(batch * triton.cdiv(channels, CHANNELS),)](
+    _mamba_step_kernel[(batch * triton.cdiv(channels, block),)](
         state,
         x,
         parameters,
@@ -130,11 +147,12 @@ def mamba_step_triton(
         DIM=channels,
         N=size,
         R=rank,
-        BD=CHANNELS,
+        BD=block,
         BN=triton.next_power_of_2(size),
         BR=triton.next_power_of_2(rank),
         NORM=norm_eps is not None,
-        num_warps=4,
+        PROJECTED=projected,
+        num_warps=1 if projected else 4,
     )
     return y
 
