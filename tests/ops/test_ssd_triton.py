@@ -46,6 +46,9 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "no-gradient-of-states": {"without": "final_states"},
     "large-steps": {"scale": 20.0},
     "fp16": {"dtype": FP16, "heads": 3},
+    "fp16-bare-and-segments": {"dtype": FP16, "batch": 1, "length": 53, "split": True, "bare": True},
+    "fp16-with-16-bit-states": {"dtype": FP16, "heads": 3, "small": 0},
+    "fp16-bare-with-16-bit-states": {"dtype": FP16, "bare": True, "small": 0},
 }
 
 
@@ -131,6 +134,7 @@ def run_toy_case(
     programs: int = 264,
     split: bool = False,
     workspace: int = 1 << 30,
+    small: int = 1 << 20,
     softplus: bool = True,
     seq_idx: bool = False,
     cu_seqlens: list[int] | None = None,
@@ -139,12 +143,15 @@ def run_toy_case(
     **kind: Any,
 ) -> dict[str, float]:
     """One entry of TOY_CASES, with blocks and programs small enough to have several of everything."""
-    common = importlib.import_module(PACKAGE + "triton_common")
+    plan = importlib.import_module(PACKAGE + "triton_plan")
     projections = importlib.import_module(PACKAGE + "triton_projections")
-    common.block_of = lambda dtype, size: 16
-    common.LARGEST_CHANNELS = channels
-    common.TARGET_PROGRAMS, common.SHORTEST_SEGMENT = 1 << 20 if split else 0, 16
-    projections.TARGET_PROGRAMS, projections.LARGEST_PART = programs, states
+    plan.block_of = lambda dtype, size: 16
+    plan.LARGEST_CHANNELS = plan.LARGEST_CHANNELS_FP32 = channels
+    plan.FEW_HEADS, plan.FEW_ELEMENTS = 0, small
+    importlib.import_module(PACKAGE + "triton_inputs").PART_FP32 = 16
+    plan.TARGET_PROGRAMS, plan.SHORTEST_SEGMENT = 1 << 20 if split else 0, 16
+    projections.TARGET_PROGRAMS = programs
+    projections.LARGEST_PART = projections.LARGEST_PART_FP32 = states
     importlib.import_module(PACKAGE + "triton_backward").WORKSPACE_BYTES = workspace
     options: dict[str, Any] = {"dt_softplus": softplus, "without": without}
     options["dt_limit"] = limit or ((0.0, math.inf) if softplus else (-math.inf, math.inf))

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..checks import check_dtype, check_same_device, check_shape, check_tensor
 from ..dispatch import on_device, select
 from ..packing import check_packing
+from ..signatures import once_per_signature
 from .eager import ssd_chunk_scan_eager
 from .reference import ssd_chunk_scan_ref
 
@@ -15,8 +16,21 @@ __all__ = ["ssd_chunk_scan"]
 OP = "ssd_chunk_scan"
 
 
+@once_per_signature
 def _check(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
     for name, value in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z), ("dt_bias", dt_bias)):
         if value is not None or name in ("x", "dt", "A", "B", "C"):
@@ -43,6 +57,30 @@ def _check(
         check_shape(OP, "z", z, tuple(x.shape), "(B, L, H, P)")
     if dt_bias is not None:
         check_shape(OP, "dt_bias", dt_bias, (heads,), "(H,)")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"{OP}: `chunk_size` must be a positive integer, got {chunk_size!r}.")
+    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"{OP}: `dt_limit` must be (smallest, largest) with smallest <= largest, got {dt_limit}.")
+    n_states = check_packing(OP, batch, length, seq_idx, cu_seqlens)
+    if initial_states is not None:
+        check_tensor(OP, "initial_states", initial_states)
+        check_dtype(OP, "initial_states", initial_states)
+        legend = "(B, H, P, N)" if cu_seqlens is None else "(n, H, P, N)"
+        check_shape(OP, "initial_states", initial_states, (n_states, heads, head_dim, B.shape[3]), legend)
+    check_same_device(
+        OP,
+        ("x", x),
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def ssd_chunk_scan(
@@ -105,32 +143,10 @@ def ssd_chunk_scan(
         >>> print(tuple(y.shape), tuple(state.shape))
         (1, 10, 4, 8) (1, 4, 8, 16)
     """
-    _check(x, dt, A, B, C, D, z, dt_bias)
-    batch, length, heads, head_dim = x.shape
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"{OP}: `chunk_size` must be a positive integer, got {chunk_size!r}.")
-    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
-        raise ValueError(f"{OP}: `dt_limit` must be (smallest, largest) with smallest <= largest, got {dt_limit}.")
-    n_states = check_packing(OP, batch, length, seq_idx, cu_seqlens)
-    if initial_states is not None:
-        check_tensor(OP, "initial_states", initial_states)
-        check_dtype(OP, "initial_states", initial_states)
-        legend = "(B, H, P, N)" if cu_seqlens is None else "(n, H, P, N)"
-        check_shape(OP, "initial_states", initial_states, (n_states, heads, head_dim, B.shape[3]), legend)
-    check_same_device(
-        OP,
-        ("x", x),
-        dt=dt,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        cu_seqlens=cu_seqlens,
-    )
+    _check(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_limit, initial_states, seq_idx, cu_seqlens)
+    if cu_seqlens is not None:
+        # its values count, too
+        check_packing(OP, x.shape[0], x.shape[1], seq_idx, cu_seqlens)
     name = select(OP, x.device)
     if name == "triton":
         from .triton_scan import ssd_chunk_scan_triton as run

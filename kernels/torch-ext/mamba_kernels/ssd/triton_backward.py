@@ -2,18 +2,19 @@
 
 `triton_states` walks through the sequence both ways and leaves, for every block and head, the state h that enters and the
 gradient dh of the state that leaves. After that blocks are independent: `triton_projections` finds the gradients of B and C,
-which are sums over heads, and `triton_inputs` all others.
+which are sums over heads, and `triton_inputs` all others. `triton_sums` adds up what their programs leave.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .triton_common import Operands, Plan, segment_table
 from .triton_inputs import launch_inputs
+from .triton_plan import Operands, Plan, segment_table
 from .triton_projections import launch_projections
 from .triton_states import launch_states, new_locals
+from .triton_sums import launch_sums
 
 __all__ = ["Gradients", "ssd_backward"]
 
@@ -36,21 +37,30 @@ class Gradients(NamedTuple):
 
 
 def _walk(
-    operands: Operands, plan: Plan, grad_y: Tensor, starts: Tensor | None, grad_final: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    operands: Operands,
+    plan: Plan,
+    meta: dict[str, Any],
+    grad_y: Tensor,
+    starts: Tensor | None,
+    grad_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The states that enter the blocks and the gradients of those that leave them, (blocks, H, P, N), and the gradient of the
-    initial states (S, H, P, N)."""
+    initial states (S, H, P, N) if there are any."""
     device = operands.x.device
     blocks = plan.n_blocks if operands.cu_seqlens is not None else plan.batch * plan.n_blocks
     shape = (blocks, plan.heads, plan.head_dim, plan.size)
-    kept = (torch.empty(shape, dtype=plan.dtype, device=device), torch.empty(shape, dtype=plan.dtype, device=device))
-    grad_initial = torch.empty((plan.n_states, *shape[1:]), dtype=torch.float32, device=device)
+    dtype = plan.states_dtype
+    kept = (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+    grad_initial = None
+    if operands.initial_states is not None:
+        grad_initial = torch.empty((plan.n_states, *shape[1:]), dtype=torch.float32, device=device)
     table = segment_table(operands, plan, plan.segment)
     local = new_locals(plan, device) if plan.split else None
     for keep_local, directions in ((2, (0, 2)), (0, (1, 2))) if plan.split else ((0, (0, 2)),):
         launch_states(
             operands,
             plan,
+            meta,
             table,
             local,
             keep_local,
@@ -67,20 +77,23 @@ def _walk(
 def _backward(
     operands: Operands, plan: Plan, grad_y: Tensor, starts: Tensor | None, grad_final: Tensor | None
 ) -> Gradients:
-    entering, leaving, grad_initial = _walk(operands, plan, grad_y, starts, grad_final)
+    meta = plan.meta(operands)
+    entering, leaving, grad_initial = _walk(operands, plan, meta, grad_y, starts, grad_final)
     table = segment_table(operands, plan, plan.block)
-    projections = launch_projections(operands, plan, table, grad_y, entering, leaving)
-    inputs = launch_inputs(operands, plan, table, grad_y, entering, leaving, projections)
+    projections = launch_projections(operands, plan, meta, table, grad_y, entering, leaving)
+    inputs = launch_inputs(operands, plan, meta, table, grad_y, entering, leaving, projections)
+    totals, (dB, dC) = launch_sums(inputs.sums, projections.parts, operands.B.dtype)
+    heads, D = plan.heads, operands.D
     return Gradients(
         x=inputs.x,
         dt=inputs.dt,
-        A=inputs.A,
-        B=projections.B,
-        C=projections.C,
-        D=inputs.D,
+        A=totals[:heads],
+        B=dB,
+        C=dC,
+        D=None if D is None else totals[2 * heads :].view(D.shape),
         z=inputs.z,
-        dt_bias=inputs.dt_bias,
-        initial_states=None if operands.initial_states is None else grad_initial,
+        dt_bias=None if operands.dt_bias is None else totals[heads : 2 * heads],
+        initial_states=grad_initial,
     )
 
 
@@ -94,7 +107,7 @@ def ssd_backward(
     if not plan.split:
         starts = operands.initial_states
     rows = plan.n_blocks if operands.cu_seqlens is not None else plan.batch * plan.n_blocks
-    bytes_of_head = 2 * rows * plan.head_dim * plan.size * plan.dtype.itemsize
+    bytes_of_head = 2 * rows * plan.head_dim * plan.size * plan.states_dtype.itemsize
     most = max(1, WORKSPACE_BYTES // bytes_of_head)
     if plan.heads <= most:
         return _backward(operands, plan, grad_y, starts, grad_final)

@@ -16,55 +16,32 @@ sequence.
 Symbols: Q tokens of a block, H heads, P head_dim, PB channels of a program, G groups, N state size, NB its next power of two.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..selective_scan.triton_common import LOG2_E, TABLE_COLUMNS, chunk_bounds, chunk_table, silu_parts, softplus
+from ..compiling import kernel
+from ..selective_scan.triton_common import LOG2_E, TABLE_COLUMNS, chunk_bounds, silu_parts, softplus
 
 __all__ = [
     "LOG2_E",
-    "Operands",
-    "Plan",
-    "Tuning",
     "block_decays",
     "chain_states",
     "inside_decays",
     "load_gradient",
     "load_rows",
     "marks_of_block",
-    "plan_of",
+    "over_states",
     "product",
+    "rounded",
     "segment_of_program",
-    "segment_table",
     "silu_parts",
     "softplus",
     "ssd_kernel",
     "state_offsets",
     "steps_of_block",
-    "strides_of",
 ]
-
-# enough programs to give each multiprocessor of a large GPU two of them
-TARGET_PROGRAMS = 264
-# most channels of a program
-LARGEST_CHANNELS = 64
-# tokens of the shortest segment worth the second pass over its inputs
-SHORTEST_SEGMENT = 512
-
-
-class Tuning(NamedTuple):
-    """Launch options of a kernel."""
-
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
 
 # integers that change from call to call: Triton must not compile anew for their divisibility
 LENGTH_ARGUMENTS = (
@@ -78,166 +55,29 @@ LENGTH_ARGUMENTS = (
     "part_of_projection",
     "part_of_tokens",
     "part_of_blocks",
+    "n_totals",
+    "n_parts",
+    "n_elements",
 )
-
-
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class Operands(NamedTuple):
-    """The operands of a scan; innermost strides are 1, small vectors are contiguous."""
-
-    x: Tensor  # (B, L, H, P)
-    dt: Tensor  # (B, L, H)
-    A: Tensor  # (H,)
-    B: Tensor  # (B, L, G, N)
-    C: Tensor
-    D: Tensor | None  # (H,) or (H, P)
-    z: Tensor | None
-    dt_bias: Tensor | None
-    initial_states: Tensor | None  # (S, H, P, N)
-    marks: (
-        Tensor | None
-    )  # (B, L) int32 with seq_idx: 2 * number of the sequence in its row + whether the token is real
-    cu_seqlens: Tensor | None
-    dt_softplus: bool
-    dt_limit: tuple[float, float] | None
-
-
-class Plan(NamedTuple):
-    """Sizes of a scan and how it is cut."""
-
-    batch: int
-    length: int
-    heads: int
-    head_dim: int
-    groups: int
-    size: int
-    block: int  # Q
-    n_blocks: int  # of a row; of everything with cu_seqlens
-    segment: int  # tokens
-    n_segments: int  # of a row; of everything with cu_seqlens
-    n_states: int
-    split: bool  # whether sequences are cut into segments
-    channels: int  # PB
-    channel_blocks: int
-    dtype: torch.dtype  # of the operands of matrix products
-
-    @property
-    def n_slots(self) -> int:
-        """Segments in all."""
-        return self.n_segments * self.batch
-
-    def meta(self, operands: Operands) -> dict[str, Any]:
-        """Compile-time arguments that all kernels take."""
-        return {
-            "H": self.heads,
-            "P": self.head_dim,
-            "G": self.groups,
-            "N": self.size,
-            "NB": max(16, triton.next_power_of_2(self.size)),
-            "PB": self.channels,
-            "Q": self.block,
-            "HAS_Z": operands.z is not None,
-            "HAS_BIAS": operands.dt_bias is not None,
-            "SOFTPLUS": operands.dt_softplus,
-            "CLAMP": operands.dt_limit is not None,
-            "MARKS": operands.marks is not None,
-            "VARLEN": operands.cu_seqlens is not None,
-            "PRECISION": precision_of(self.dtype),
-            "DTYPE": _TRITON_DTYPES[self.dtype],
-            "EXACT": self.dtype == torch.float32,
-        }
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """How matrix products of `dtype` are computed. fp32 takes three TF32 products, which lose nothing against fp32."""
-    if dtype != torch.float32 or torch.version.cuda is None:
-        return "ieee"
-    return "tf32x3"
-
-
-def block_of(dtype: torch.dtype, size: int) -> int:
-    """Q: as many tokens as leave room for the operands of a block in shared memory."""
-    if size > 128:
-        return 32
-    return 32 if dtype == torch.float32 and size > 64 else 64
-
-
-def plan_of(operands: Operands) -> Plan:
-    """How a scan of these operands is cut; the same for forward and backward."""
-    batch, length, heads, head_dim = operands.x.shape
-    groups, size = operands.B.shape[2:]
-    same = operands.x.dtype == operands.B.dtype == operands.C.dtype
-    dtype = operands.x.dtype if same else torch.float32
-    block = block_of(dtype, size)
-    # a program keeps (channels, states) in registers
-    channels = min(
-        LARGEST_CHANNELS // 2 if size > 128 else LARGEST_CHANNELS, max(16, triton.next_power_of_2(head_dim))
-    )
-    channel_blocks = triton.cdiv(head_dim, channels)
-    sequences = batch if operands.cu_seqlens is None else operands.cu_seqlens.shape[0] - 1
-    pieces = TARGET_PROGRAMS // max(1, sequences * heads * channel_blocks)
-    longest = length if operands.cu_seqlens is None else length // sequences
-    pieces = min(pieces, longest // SHORTEST_SEGMENT)
-    split = pieces > 1
-    segment = triton.cdiv(triton.cdiv(length, pieces), block) * block if split else triton.cdiv(length, block) * block
-    if operands.cu_seqlens is None:
-        n_blocks, n_segments = triton.cdiv(length, block), triton.cdiv(length, segment)
-    else:
-        # slots of a packed row as `chunk_table` numbers them
-        if split:
-            segment = triton.cdiv(triton.cdiv(longest, pieces), block) * block
-        n_blocks, n_segments = length // block + sequences, length // segment + sequences
-    return Plan(
-        batch=batch,
-        length=length,
-        heads=heads,
-        head_dim=head_dim,
-        groups=groups,
-        size=size,
-        block=block,
-        n_blocks=n_blocks,
-        segment=segment,
-        n_segments=n_segments,
-        n_states=sequences,
-        split=split,
-        channels=channels,
-        channel_blocks=channel_blocks,
-        dtype=dtype,
-    )
 
 
 def ssd_kernel(fn: Any) -> Any:
     """`triton.jit` with the specialisation that these kernels need."""
     names = set(fn.__annotations__) | set(fn.__code__.co_varnames[: fn.__code__.co_argcount])
-    return triton.jit(fn, do_not_specialize=[name for name in LENGTH_ARGUMENTS if name in names])
-
-
-def segment_table(operands: Operands, plan: Plan, tokens: int) -> Tensor | None:
-    """Where packed sequences are cut, in pieces of `tokens`; see `chunk_table`."""
-    if operands.cu_seqlens is None:
-        return None
-    return chunk_table(operands.cu_seqlens, plan.length, tokens)
-
-
-def strides_of(operands: Operands, grad_y: Tensor) -> tuple[int, ...]:
-    """Strides of x, grad_y, z, dt, B and C that backward kernels take."""
-    z = operands.z
-    return (
-        *operands.x.stride()[:3],
-        *grad_y.stride()[:3],
-        *((0, 0, 0) if z is None else z.stride()[:3]),
-        *operands.dt.stride(),
-        *operands.B.stride()[:3],
-        *operands.C.stride()[:3],
-    )
+    return kernel(fn, do_not_specialize=[name for name in LENGTH_ARGUMENTS if name in names])
 
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """Matrix product with fp32 sums."""
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """`value` in DTYPE, and in DTYPE again what that leaves out."""
+    first = value.to(DTYPE)
+    return first, (value.to(tl.float32) - first.to(tl.float32)).to(DTYPE)
 
 
 @triton.jit
@@ -383,11 +223,11 @@ def load_gradient(
     Q: tl.constexpr,
     HAS_Z: tl.constexpr,
 ):
-    """The gradient of y before the gate, (Q, PB) in its own dtype."""
+    """The gradient of y before the gate, (Q, PB): fp32 if there is one, else in its own dtype."""
     value = load_rows(dy, stride_dy, real, first, P, PB, Q)
     if HAS_Z:
         gate, _sigmoid = silu_parts(load_rows(z, stride_z, real, first, P, PB, Q).to(tl.float32))
-        value = (value.to(tl.float32) * gate).to(value.dtype)
+        value = value.to(tl.float32) * gate
     return value
 
 
@@ -401,6 +241,39 @@ def state_offsets(
     inner = p[:, None] * N + n[None, :]
     mask = (p[:, None] < P) & (n[None, :] < N)
     return (index * H + head) * (P * N) + inner, mask
+
+
+@triton.jit
+def over_states(
+    tokens,
+    stride_t,
+    real,
+    states,
+    index,
+    head,
+    first,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PB: tl.constexpr,
+    NS: tl.constexpr,
+    Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products of tokens (…, N) and a state of (…, H, P, N), (Q, PB) in fp32, NS states at a time.
+
+    Operands of fp32 products wait in registers, twice in three TF32 products: for all states at once they do not fit.
+    """
+    p = first + tl.arange(0, PB)
+    states += (index * H + head) * (P * N)
+    sums = tl.zeros((Q, PB), tl.float32)
+    for start in range(0, N, NS):
+        n = start + tl.arange(0, NS)
+        mask = (p[:, None] < P) & (n[None, :] < N)
+        state = tl.load(states + p[:, None] * N + n[None, :], mask=mask, other=0.0)
+        value = load_rows(tokens, stride_t, real, start, N, NS, Q).to(tl.float32)
+        sums += product(value, tl.trans(state), PRECISION)
+    return sums
 
 
 @triton.jit

@@ -13,11 +13,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .triton_common import (
     LOG2_E,
-    Operands,
-    Plan,
-    Tuning,
     block_decays,
     chain_states,
     inside_decays,
@@ -25,17 +23,19 @@ from .triton_common import (
     marks_of_block,
     product,
     segment_of_program,
-    segment_table,
     silu_parts,
     ssd_kernel,
     state_offsets,
     steps_of_block,
 )
+from .triton_plan import Operands, Plan, Tuning, segment_table
 from .triton_states import launch_states, new_locals
 
 __all__ = ["ssd_forward"]
 
-FORWARD = Tuning(warps=4, stages=2)
+FORWARD, FORWARD_FP32 = Tuning(warps=4, stages=2), Tuning(warps=8, stages=1)
+# Q of this kernel alone: fp32 products of more tokens spill kilobytes of registers, and take seconds to compile
+BLOCK_FP32 = 16
 
 
 @ssd_kernel
@@ -93,6 +93,7 @@ def _ssd_fwd_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
+    REST: tl.constexpr,
     HAS_D: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
@@ -176,10 +177,11 @@ def ssd_forward(
     enter the segments (slots, H, P, N)."""
     x = operands.x
     table = segment_table(operands, plan, plan.segment)
+    meta = plan.meta(operands)
     local = starts = final = None
     if plan.split:
         local = new_locals(plan, x.device)
-        launch_states(operands, plan, table, local, keep_local=1, directions=(0, 1))
+        launch_states(operands, plan, meta, table, local, keep_local=1, directions=(0, 1))
         if save:
             starts = torch.empty_like(local.added)
     y = torch.empty((plan.batch, plan.length, plan.heads, plan.head_dim), dtype=x.dtype, device=x.device)
@@ -188,7 +190,13 @@ def ssd_forward(
     placeholder = operands.A
     added, decay = (placeholder, placeholder) if local is None else local
     z = operands.z
-    _ssd_fwd_kernel[(plan.n_slots * plan.channel_blocks * plan.heads,)](
+    tuning = FORWARD
+    if plan.dtype == torch.float32:
+        meta = {**meta, "Q": min(plan.block, BLOCK_FP32)}
+        tuning = FORWARD_FP32
+    launch(
+        _ssd_fwd_kernel,
+        (plan.n_slots * plan.channel_blocks * plan.heads,),
         x,
         operands.dt,
         operands.A,
@@ -216,13 +224,13 @@ def ssd_forward(
         plan.segment,
         plan.n_segments,
         plan.n_blocks,
-        **plan.meta(operands),
+        **meta,
         HAS_D=operands.D is not None,
         D_PER_CHANNEL=operands.D is not None and operands.D.dim() == 2,
         HAS_INITIAL=operands.initial_states is not None,
         SPLIT=plan.split,
         SAVE=starts is not None,
         FINAL=return_final_states,
-        **FORWARD.options(),
+        **tuning.options(),
     )
     return y, final, starts

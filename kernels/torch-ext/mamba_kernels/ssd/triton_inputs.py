@@ -8,49 +8,48 @@ A step counts as a factor of its input and in the exponents: `a[t]` stands in ev
 q >= t, in the input of every s < t and in `carry`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .triton_common import (
     LOG2_E,
-    Operands,
-    Plan,
-    Tuning,
     block_decays,
     inside_decays,
     load_rows,
     marks_of_block,
+    over_states,
     product,
+    rounded,
     segment_of_program,
     silu_parts,
     softplus,
     ssd_kernel,
     state_offsets,
     steps_of_block,
-    strides_of,
 )
+from .triton_plan import Operands, Plan, Tuning, ceil_div, strides_of
 from .triton_projections import ProjectionGradients
 
 __all__ = ["InputGradients", "launch_inputs"]
 
 INPUTS, INPUTS_FP32 = Tuning(warps=4, stages=1), Tuning(warps=8, stages=1)
+# states at a time in fp32 products
+PART_FP32 = 32
 # heads that share the products of B and C
 HEADS_OF_PROGRAM = 4
 
 
 class InputGradients(NamedTuple):
-    """Gradients of the operands that belong to heads; those of A, D and dt_bias in fp32."""
+    """Gradients of x, dt and z, and each block's share of those of A, dt_bias and D, one behind the other."""
 
     x: Tensor
     dt: Tensor
-    A: Tensor
-    D: Tensor | None
     z: Tensor | None
-    dt_bias: Tensor | None
+    sums: Tensor  # (blocks, H + H + (H or H P)) fp32
 
 
 @ssd_kernel
@@ -115,16 +114,18 @@ def _ssd_bwd_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
+    REST: tl.constexpr,
     NS: tl.constexpr,
+    PART: tl.constexpr,
     HAS_D: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr,
 ):
     """Gradients of x, dt and z in a block of tokens, `heads_of_program` heads of a group.
 
-    sums (blocks, H, 2 + (1 or P)): each block's share of the gradients of A, dt_bias and D.
+    sums (blocks, H + H + (H or H P)): each block's share of the gradients of A, dt_bias and D.
     """
     BLOCKS: tl.constexpr = (P + PB - 1) // PB
-    WIDTH: tl.constexpr = 2 + (P if D_PER_CHANNEL else 1)
+    WIDTH: tl.constexpr = H * (2 + (P if D_PER_CHANNEL else 1))
     HEADS: tl.constexpr = H // G
     parts = tl.cdiv(HEADS, heads_of_program)
     pid = tl.program_id(0).to(tl.int64)
@@ -153,11 +154,19 @@ def _ssd_bwd_kernel(
     ddt += token * H
     by_output += token * H
     by_carry += slot * H
+    sums += slot * WIDTH
     B += row * stride_B_b + t64 * stride_B_t + group * stride_B_g
     C += row * stride_C_b + t64 * stride_C_t + group * stride_C_g
-    b_B = load_rows(B, stride_B_t, real, 0, N, NB, Q).to(DTYPE)
-    b_C = load_rows(C, stride_C_t, real, 0, N, NB, Q).to(DTYPE)
-    similarity = product(b_B, tl.trans(b_C), PRECISION)
+    if EXACT:
+        similarity = tl.zeros((Q, Q), tl.float32)
+        for n in range(0, N, PART):
+            part_of_B = load_rows(B, stride_B_t, real, n, N, PART, Q).to(DTYPE)
+            part_of_C = load_rows(C, stride_C_t, real, n, N, PART, Q).to(DTYPE)
+            similarity += product(part_of_B, tl.trans(part_of_C), PRECISION)
+    else:
+        b_B = load_rows(B, stride_B_t, real, 0, N, NB, Q).to(DTYPE)
+        b_C = load_rows(C, stride_C_t, real, 0, N, NB, Q).to(DTYPE)
+        similarity = product(b_B, tl.trans(b_C), PRECISION)
     for head in range(first_head, last_head):
         wide_head = head + tl.full((), 0, tl.int64)
         rate = tl.load(A + head).to(tl.float32)
@@ -175,12 +184,13 @@ def _ssd_bwd_kernel(
         through_output = tl.zeros((Q,), tl.float32)
         through_carry = 0.0
         for states in tl.static_range(NB // NS):
-            through_output += tl.load(by_output + states * part_of_tokens + i * H + head, mask=inside, other=0.0)
+            if not HAS_Z:
+                through_output += tl.load(by_output + states * part_of_tokens + i * H + head, mask=inside, other=0.0)
             through_carry += tl.load(by_carry + states * part_of_blocks + head)
         dpairs = tl.zeros((Q, Q), tl.float32)
         through_input = tl.zeros((Q,), tl.float32)
         b_dD = 0.0
-        for block in tl.static_range(BLOCKS):
+        for block in range(BLOCKS):
             p = block * PB + tl.arange(0, PB)
             columns = i[:, None] * (H * P) + p[None, :]
             to_store = inside[:, None] & (p < P)[None, :]
@@ -195,29 +205,50 @@ def _ssd_bwd_kernel(
             if HAS_Z:
                 b_z = load_rows(z + wide_head * stride_z_h, stride_z_t, real, block * PB, P, PB, Q).to(tl.float32)
                 silu, sigmoid = silu_parts(b_z)
-                state = tl.load(entering + offsets, mask=mask, other=0.0)
-                b_y = product(b_C, tl.trans(state), PRECISION) * from_start[:, None]
+                wide_dy = b_dy.to(tl.float32)
+                if EXACT:
+                    b_y = over_states(
+                        C, stride_C_t, real, entering, slot, head, block * PB, H, P, N, PB, PART, Q, PRECISION
+                    )
+                else:
+                    state, rest_of_state = rounded(tl.load(entering + offsets, mask=mask, other=0.0), DTYPE)
+                    b_y = product(b_C, tl.trans(state), PRECISION)
+                    if REST == 2:
+                        b_y += product(b_C, tl.trans(rest_of_state), PRECISION)
+                b_y *= from_start[:, None]
+                through_output += tl.sum(wide_dy * silu * b_y, 1)
                 u = (b_x.to(tl.float32) * step[:, None]).to(DTYPE)
                 b_y += product(tl.trans(scores), u, PRECISION)
                 if HAS_D:
                     b_y += skip * b_x.to(tl.float32)
-                wide_dy = b_dy.to(tl.float32)
                 b_dz = wide_dy * b_y * (sigmoid + silu * (1.0 - sigmoid))
                 tl.store(dz + wide_head * P + columns, b_dz, mask=to_store)
-                b_dy = (wide_dy * silu).to(b_dy.dtype)
-            dpairs += product(b_x.to(DTYPE), tl.trans(b_dy.to(DTYPE)), PRECISION)
-            dstate = tl.load(leaving + offsets, mask=mask, other=0.0)
-            du = product(b_B, tl.trans(dstate), PRECISION) * to_end[:, None]
+                wide_dy *= silu
+                b_dy, rest_of_dy = rounded(wide_dy, DTYPE)
+                if REST:
+                    dpairs += product(b_x.to(DTYPE), tl.trans(rest_of_dy), PRECISION)
+            else:
+                b_dy = b_dy.to(DTYPE)
+            dpairs += product(b_x.to(DTYPE), tl.trans(b_dy), PRECISION)
+            if EXACT:
+                du = over_states(B, stride_B_t, real, leaving, slot, head, block * PB, H, P, N, PB, PART, Q, PRECISION)
+            else:
+                dstate, rest_of_dstate = rounded(tl.load(leaving + offsets, mask=mask, other=0.0), DTYPE)
+                du = product(b_B, tl.trans(dstate), PRECISION)
+                if REST == 2:
+                    du += product(b_B, tl.trans(rest_of_dstate), PRECISION)
+            du *= to_end[:, None]
             wide_x = b_x.to(tl.float32)
             through_input += tl.sum(wide_x * du, 1)
-            du += product(scores, b_dy.to(DTYPE), PRECISION)
+            du += product(scores, b_dy, PRECISION)
             b_dx = du * step[:, None]
             if HAS_D:
-                wide_dy = b_dy.to(tl.float32)
+                if not HAS_Z:
+                    wide_dy = b_dy.to(tl.float32)
                 b_dx += skip * wide_dy
                 if D_PER_CHANNEL:
                     share = tl.sum(wide_dy * wide_x, 0)
-                    tl.store(sums + (slot * H + head) * WIDTH + 2 + p, share, mask=p < P)
+                    tl.store(sums + 2 * H + head * P + p, share, mask=p < P)
                 else:
                     b_dD += tl.sum(tl.sum(wide_dy * wide_x, 1), 0)
             tl.store(dx + wide_head * P + columns, b_dx, mask=to_store)
@@ -248,16 +279,16 @@ def _ssd_bwd_kernel(
         if SOFTPLUS:
             dstep *= 1.0 / (1.0 + tl.exp2(-raw * LOG2_E))
         tl.store(ddt + i * H + head, dstep, mask=inside)
-        share_of_block = sums + (slot * H + head) * WIDTH
-        tl.store(share_of_block, dA)
-        tl.store(share_of_block + 1, tl.sum(dstep, 0))
+        tl.store(sums + head, dA)
+        tl.store(sums + H + head, tl.sum(dstep, 0))
         if not D_PER_CHANNEL:
-            tl.store(share_of_block + 2, b_dD)
+            tl.store(sums + 2 * H + head, b_dD)
 
 
 def launch_inputs(
     operands: Operands,
     plan: Plan,
+    meta: dict[str, Any],
     table: Tensor | None,
     grad_y: Tensor,
     entering: Tensor,
@@ -266,23 +297,24 @@ def launch_inputs(
 ) -> InputGradients:
     """The gradients from `entering` and `leaving` (blocks, H, P, N); `table` cuts packed sequences in blocks."""
     x, D, z = operands.x, operands.D, operands.z
-    meta = plan.meta(operands)
     blocks = entering.shape[0]
     heads = plan.heads // plan.groups
     heads_of_program = min(heads, HEADS_OF_PROGRAM)
-    parts = triton.cdiv(heads, heads_of_program)
+    parts = ceil_div(heads, heads_of_program)
     shape = (plan.batch, plan.length, plan.heads, plan.head_dim)
     dx = torch.empty(shape, dtype=x.dtype, device=x.device)
     dz = None if z is None else torch.empty(shape, dtype=z.dtype, device=x.device)
     ddt = torch.empty(shape[:3], dtype=operands.dt.dtype, device=x.device)
     per_channel = D is not None and D.dim() == 2
-    width = 2 + (plan.head_dim if per_channel else 1)
+    width = plan.heads * (2 + (plan.head_dim if per_channel else 1))
     # with packed sequences some slots stay unused
     fill = torch.empty if table is None else torch.zeros
-    sums = fill((blocks, plan.heads, width), dtype=torch.float32, device=x.device)
+    sums = fill((blocks, width), dtype=torch.float32, device=x.device)
     placeholder = operands.A
     tuning = INPUTS_FP32 if plan.dtype == torch.float32 else INPUTS
-    _ssd_bwd_kernel[(blocks * plan.groups * parts,)](
+    launch(
+        _ssd_bwd_kernel,
+        (blocks * plan.groups * parts,),
         x,
         grad_y,
         operands.dt,
@@ -312,16 +344,9 @@ def launch_inputs(
         projections.by_carry.stride(0),
         **meta,
         NS=meta["NB"] // projections.by_carry.shape[0],
+        PART=min(PART_FP32, meta["NB"]),
         HAS_D=D is not None,
         D_PER_CHANNEL=per_channel,
         **tuning.options(),
     )
-    totals = sums.sum(0)
-    return InputGradients(
-        x=dx,
-        dt=ddt,
-        A=totals[:, 0],
-        D=None if D is None else totals[:, 2:] if per_channel else totals[:, 2],
-        z=dz,
-        dt_bias=None if operands.dt_bias is None else totals[:, 1],
-    )
+    return InputGradients(x=dx, dt=ddt, z=dz, sums=sums)

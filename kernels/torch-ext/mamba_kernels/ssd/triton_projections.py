@@ -8,29 +8,27 @@ With the names of `triton_backward`, summed over heads::
 Factors of a token are put on afterwards, so that products see the operands as they are.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .triton_common import (
     LOG2_E,
-    Operands,
-    Plan,
-    Tuning,
     block_decays,
     inside_decays,
     load_gradient,
     load_rows,
     marks_of_block,
     product,
+    rounded,
     segment_of_program,
     ssd_kernel,
     steps_of_block,
-    strides_of,
 )
+from .triton_plan import Operands, Plan, Tuning, ceil_div, strides_of
 
 __all__ = ["ProjectionGradients", "launch_projections"]
 
@@ -38,15 +36,14 @@ PROJECTIONS, PROJECTIONS_FP32 = Tuning(warps=8, stages=2), Tuning(warps=8, stage
 # programs that fill a large GPU; heads of a group are spread over several programs to get there
 TARGET_PROGRAMS = 264
 # most states of a program
-LARGEST_PART = 128
+LARGEST_PART, LARGEST_PART_FP32 = 128, 32
 
 
 class ProjectionGradients(NamedTuple):
-    """dB and dC (B, L, G, N), and what the kernel found on its way for the gradients of the steps."""
+    """Parts of dB and dC, and what the kernel found on its way for the gradients of the steps."""
 
-    B: Tensor
-    C: Tensor
-    by_output: Tensor  # (parts of N, B, L, H)
+    parts: Tensor  # (parts, 2, B, L, G, N), in the dtype of B if there is one part, else in fp32
+    by_output: Tensor  # (parts of N, B, L, H), unused with a gate
     by_carry: Tensor  # (parts of N, blocks, H)
 
 
@@ -64,8 +61,7 @@ def _ssd_bwd_projections_kernel(
     table,
     entering,
     leaving,
-    dB,
-    dC,
+    gradients,
     by_output,
     by_carry,
     stride_x_b,
@@ -110,12 +106,14 @@ def _ssd_bwd_projections_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
+    REST: tl.constexpr,
     NS: tl.constexpr,
 ):
     """Gradients of B and C in a block of tokens, NS states of them, from `heads_of_program` heads of a group.
 
-    dB, dC: (parts, B, L, G, N), a part from each program of a group. For the steps it leaves by_output (N / NS, B, L, H), the
-    output's gradient in the exponent of from_start, and by_carry (N / NS, blocks, H), that of carry.
+    gradients (parts, 2, B, L, G, N): dB and dC, a part from each program of a group. For the steps it leaves by_carry (N / NS, blocks, H), the
+    gradient in the exponent of carry, and by_output (N / NS, B, L, H), that in the exponent of from_start. With a gate the
+    next kernel finds the latter itself, as it knows the output and its gradient in fp32.
     """
     BLOCKS: tl.constexpr = (P + PB - 1) // PB
     STATES: tl.constexpr = NB // NS
@@ -187,46 +185,64 @@ def _ssd_bwd_projections_kernel(
             state = tl.load(entering + offsets, mask=mask, other=0.0)
             dstate = tl.load(leaving + offsets, mask=mask, other=0.0)
             dpairs += product(b_x, tl.trans(b_dy), PRECISION)
-            through_state = product(b_dy, state, PRECISION) * from_start[:, None]
-            through_output += tl.sum(through_state * b_C.to(tl.float32), 1)
-            b_dC += through_state
-            b_dB += product(b_x, dstate, PRECISION) * (step * to_end)[:, None]
             through_carry += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+            b_state, rest_of_state = rounded(state, DTYPE)
+            through_state = product(b_dy, b_state, PRECISION)
+            if REST == 2 and not HAS_Z:
+                through_state += product(b_dy, rest_of_state, PRECISION)
+            through_state *= from_start[:, None]
+            if not HAS_Z:
+                through_output += tl.sum(through_state * b_C.to(tl.float32), 1)
+            b_dC += through_state
+            b_dB += product(b_x, dstate.to(DTYPE), PRECISION) * (step * to_end)[:, None]
         dsimilarity += dpairs * inside_decays(cum, rest, number, Q, EXACT, MARKS, True) * step[:, None]
-        tl.store(by_output + i * H + head, through_output, mask=inside)
+        if not HAS_Z:
+            tl.store(by_output + i * H + head, through_output, mask=inside)
         tl.store(by_carry + head, through_carry)
 
     b_B = load_rows(B, stride_B_t, real, n0, N, NS, Q).to(DTYPE)
     dsim = dsimilarity.to(DTYPE)
     b_dB += product(dsim, b_C, PRECISION)
     b_dC += product(tl.trans(dsim), b_B, PRECISION)
-    columns = part * part_of_projection + token * (G * N) + group * N + i[:, None] * (G * N) + n[None, :]
+    columns = 2 * part * part_of_projection + token * (G * N) + group * N + i[:, None] * (G * N) + n[None, :]
     to_store = inside[:, None] & (n[None, :] < N)
-    tl.store(dB + columns, b_dB, mask=to_store)
-    tl.store(dC + columns, b_dC, mask=to_store)
+    tl.store(gradients + columns, b_dB, mask=to_store)
+    tl.store(gradients + part_of_projection + columns, b_dC, mask=to_store)
 
 
 def launch_projections(
-    operands: Operands, plan: Plan, table: Tensor | None, grad_y: Tensor, entering: Tensor, leaving: Tensor
+    operands: Operands,
+    plan: Plan,
+    meta: dict[str, Any],
+    table: Tensor | None,
+    grad_y: Tensor,
+    entering: Tensor,
+    leaving: Tensor,
 ) -> ProjectionGradients:
     """The gradients from `entering` and `leaving` (blocks, H, P, N); `table` cuts packed sequences in blocks."""
     x, z = operands.x, operands.z
-    meta = plan.meta(operands)
     blocks = entering.shape[0]
     heads = plan.heads // plan.groups
-    states = min(meta["NB"], LARGEST_PART)
+    exact = plan.dtype == torch.float32
+    states = min(meta["NB"], LARGEST_PART_FP32 if exact else LARGEST_PART)
     splits = meta["NB"] // states
-    heads_of_program = triton.cdiv(heads, min(heads, max(1, TARGET_PROGRAMS // (blocks * plan.groups * splits))))
-    parts = triton.cdiv(heads, heads_of_program)
+    heads_of_program = ceil_div(heads, min(heads, max(1, TARGET_PROGRAMS // (blocks * plan.groups * splits))))
+    parts = ceil_div(heads, heads_of_program)
     tokens = (plan.batch, plan.length)
-    shape = (parts, *tokens, plan.groups, plan.size)
-    dB = torch.empty(shape, dtype=operands.B.dtype if parts == 1 else torch.float32, device=x.device)
-    dC = torch.empty_like(dB)
-    by_output = torch.empty((splits, *tokens, plan.heads), dtype=torch.float32, device=x.device)
+    gradients = torch.empty(
+        (parts, 2, *tokens, plan.groups, plan.size),
+        dtype=operands.B.dtype if parts == 1 else torch.float32,
+        device=x.device,
+    )
+    by_output = torch.empty(
+        (splits, *tokens, plan.heads) if z is None else (splits, 0), dtype=torch.float32, device=x.device
+    )
     by_carry = torch.empty((splits, blocks, plan.heads), dtype=torch.float32, device=x.device)
     placeholder = operands.A
-    tuning = PROJECTIONS_FP32 if plan.dtype == torch.float32 else PROJECTIONS
-    _ssd_bwd_projections_kernel[(blocks * plan.groups * parts * splits,)](
+    tuning = PROJECTIONS_FP32 if exact else PROJECTIONS
+    launch(
+        _ssd_bwd_projections_kernel,
+        (blocks * plan.groups * parts * splits,),
         x,
         grad_y,
         operands.dt,
@@ -237,11 +253,10 @@ def launch_projections(
         placeholder if operands.dt_bias is None else operands.dt_bias,
         placeholder if operands.marks is None else operands.marks,
         # the tracer takes the table for written, as addresses come from it
-        dB if table is None else table,
+        gradients if table is None else table,
         entering,
         leaving,
-        dB,
-        dC,
+        gradients,
         by_output,
         by_carry,
         *strides_of(operands, grad_y),
@@ -249,13 +264,11 @@ def launch_projections(
         plan.length,
         plan.n_blocks,
         heads_of_program,
-        dB.stride(0),
+        gradients.stride(1),
         by_output.stride(0),
         by_carry.stride(0),
         **meta,
         NS=states,
         **tuning.options(),
     )
-    if parts == 1:
-        return ProjectionGradients(dB[0], dC[0], by_output, by_carry)
-    return ProjectionGradients(dB.sum(0), dC.sum(0), by_output, by_carry)
+    return ProjectionGradients(gradients, by_output, by_carry)

@@ -11,8 +11,8 @@ from ..dispatch import left_to_eager
 from ..packing import segments_and_valid
 from .eager import ssd_chunk_scan_eager
 from .triton_backward import ssd_backward
-from .triton_common import Operands, plan_of
 from .triton_forward import ssd_forward
+from .triton_plan import Operands, plan_of
 
 __all__ = ["SSDChunkScanTritonFunction", "ssd_chunk_scan_triton"]
 
@@ -41,17 +41,21 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
         operands = _operands(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, dt_softplus, dt_limit)
         y, final, starts = ssd_forward(operands, plan_of(operands), True, return_final_states)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, starts)
-        ctx.dt_softplus, ctx.dt_limit, ctx.return_final_states = dt_softplus, dt_limit, return_final_states
+        # zeros for the second output, where nobody asks for it, would be a launch
+        ctx.set_materialize_grads(False)
+        ctx.dt_softplus, ctx.dt_limit = dt_softplus, dt_limit
         return y, y.new_empty(0) if final is None else final
 
     @staticmethod
     @first_order_only("ssd_chunk_scan")
-    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, starts = ctx.saved_tensors
         operands = _operands(
             x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, ctx.dt_softplus, ctx.dt_limit
         )
-        states = grad_final.contiguous() if ctx.return_final_states else None
+        if grad_y is None:
+            grad_y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        states = None if grad_final is None or not grad_final.numel() else grad_final.contiguous()
         gradients = ssd_backward(operands, plan_of(operands), _dense_rows(grad_y), starts, states)
         likes = (x, dt, A, B, C, D, z, dt_bias, initial_states)
         return (

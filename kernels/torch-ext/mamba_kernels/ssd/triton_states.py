@@ -6,28 +6,28 @@ Both walk through the blocks of a segment and add a product of two matrices a bl
     backwards   state <- carry state + Σ_q from_start[q] dy[q] C[q]ᵀ       the gradient of the state that leaves the one before
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .triton_common import (
     LOG2_E,
-    Operands,
-    Plan,
-    Tuning,
     block_decays,
     chain_states,
     load_rows,
     marks_of_block,
     product,
+    rounded,
     segment_of_program,
     silu_parts,
     ssd_kernel,
     state_offsets,
     steps_of_block,
 )
+from .triton_plan import Operands, Plan, Tuning
 
 __all__ = ["Locals", "launch_states", "new_locals"]
 
@@ -108,8 +108,10 @@ def _ssd_states_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     EXACT: tl.constexpr,
+    REST: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_FINAL: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
@@ -184,20 +186,25 @@ def _ssd_states_kernel(
         vector = load_rows(vectors + t64 * stride_vector, stride_vector, real, 0, N, NB, Q).to(DTYPE)
         if not LOCAL or LOCAL == 2:
             slot_of_block, _same = state_offsets(first_block + number_of_block, head, first, H, P, N, PB, NB)
-            tl.store(keep + slot_of_block, state.to(DTYPE), mask=(mask & (is_local == 0)) != 0)
-        state = carry * state + product(tl.trans((value * weight[:, None]).to(DTYPE)), vector, PRECISION)
+            tl.store(keep + slot_of_block, state, mask=(mask & (is_local == 0)) != 0)
+        value *= weight[:, None]
+        weighted, rest_of_it = rounded(value, DTYPE)
+        state = carry * state + product(tl.trans(weighted), vector, PRECISION)
+        if REST == 2:
+            state += product(tl.trans(rest_of_it), vector, PRECISION)
         kept = kept * carry
 
     if LOCAL:
         tl.store(added + own, state, mask=(mask & is_local) != 0)
         tl.store(decay + slot * H + head, kept, mask=is_local)
-    if LOCAL == 0:
+    if HAS_INITIAL and LOCAL == 0:
         tl.store(grad_initial + outer, state, mask=(mask & reverse & (index == 0)) != 0)
 
 
 def launch_states(
     operands: Operands,
     plan: Plan,
+    meta: dict[str, Any],
     table: Tensor | None,
     local: Locals | None,
     keep_local: int,
@@ -217,7 +224,9 @@ def launch_states(
     unused = added if kept is None else entering
     count = directions[1] - directions[0]
     grid = (count * plan.n_slots * plan.channel_blocks * plan.heads,)
-    _ssd_states_kernel[grid](
+    launch(
+        _ssd_states_kernel,
+        grid,
         x,
         gradient,
         x if operands.z is None else operands.z,
@@ -249,9 +258,10 @@ def launch_states(
         plan.n_blocks,
         plan.n_slots,
         directions[0],
-        **plan.meta(operands),
+        **meta,
         HAS_STARTS=starts is not None,
         HAS_FINAL=grad_final is not None,
+        HAS_INITIAL=grad_initial is not None,
         LOCAL=keep_local,
         SPLIT=plan.split,
         **STATES.options(),
