@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..autograd import first_order_only
 from ..dispatch import left_to_eager
+from ..launch import launch
 from ..packing import cu_seqlens_to_seq_idx, segments_and_valid
 from .eager import causal_conv1d_eager
 from .triton_backward import BACKWARD, conv_bwd_kernel, conv_initial_gradient_kernel
@@ -42,8 +42,8 @@ def layout_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> L
 
 def _blocks(channels: int, tuning: Tuning) -> tuple[int, int]:
     """Channels of a program, and how many programs they take."""
-    block = min(tuning.channels, max(16, triton.next_power_of_2(channels)))
-    return block, triton.cdiv(channels, block)
+    block = min(tuning.channels, max(16, 1 << (channels - 1).bit_length()))
+    return block, -(-channels // block)
 
 
 def _forward(
@@ -60,7 +60,7 @@ def _forward(
     tuning = FORWARD
     block, blocks = _blocks(channels, tuning)
     run = tuning.rounds(batch, length, blocks) * tuning.tokens
-    runs = triton.cdiv(length, run)
+    runs = -(-length // run)
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
     flags = {
         "HAS_INITIAL": initial is not None,
@@ -72,7 +72,9 @@ def _forward(
         x if layout.numbers is None else layout.numbers,
         x if layout.bounds is None else layout.bounds,
     )
-    conv_fwd_kernel[(batch * runs * blocks,)](
+    launch(
+        conv_fwd_kernel,
+        (batch * runs * blocks,),
         x,
         weight,
         x if bias is None else bias,
@@ -97,7 +99,9 @@ def _forward(
         return y, y.new_empty(0)
     final = torch.empty((sequences, channels, taps - 1), dtype=x.dtype, device=x.device)
     if final.numel():
-        conv_final_states_kernel[(sequences * blocks,)](
+        launch(
+            conv_final_states_kernel,
+            (sequences * blocks,),
             x,
             *operands,
             x if layout.ends is None else layout.ends,
@@ -143,7 +147,7 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
         block, blocks = _blocks(channels, tuning)
         # with the tokens beyond a run that send gradients back to it, whole rounds; eight taps take two rounds at least
         run = tuning.rounds(batch, length, blocks) * tuning.tokens - (taps - 1)
-        runs = triton.cdiv(length, run)
+        runs = -(-length // run)
         dy = _dense_rows(dy)
         has_final = ctx.return_final_states and taps > 1
         states = dfinal.contiguous() if has_final else x
@@ -162,7 +166,9 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
             states,
         )
         strides = (*x.stride()[:2], *dy.stride()[:2], *weight.stride(), length, channels)
-        conv_bwd_kernel[(batch * runs * blocks,)](
+        launch(
+            conv_bwd_kernel,
+            (batch * runs * blocks,),
             *operands,
             dx,
             sums,
@@ -182,7 +188,9 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
         if initial is not None:
             dinitial = torch.empty_like(initial)
             if dinitial.numel():
-                conv_initial_gradient_kernel[(dinitial.shape[0] * blocks,)](
+                launch(
+                    conv_initial_gradient_kernel,
+                    (dinitial.shape[0] * blocks,),
                     *operands,
                     dinitial,
                     *strides,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .triton_forward import Tuning, as_rows, load, tile_of
 
 __all__ = ["norm_backward"]
@@ -114,6 +115,8 @@ def _rms_norm_bwd_kernel(
 
     x is what was normalised, or its factor x beside z; `extra` is z or the gradient of the sum.
     """
+    # as in the forward
+    eps = tl.cast(eps, tl.float32)
     pid = tl.program_id(0).to(tl.int64)
     program = pid // GROUPS
     first = (pid % GROUPS) * W
@@ -252,14 +255,16 @@ def norm_backward(
     dextra = dx if dextra_dtype is None else torch.empty(x.shape, dtype=dextra_dtype, device=x.device)
     block, rows, warps = tile_of(width, BACKWARD)
     count, groups = dx.numel() // channels, channels // width
-    programs = min(triton.cdiv(count, rows), max(1, BACKWARD_WARPS // (warps * groups)))
+    programs = min(-(-count // rows), max(1, BACKWARD_WARPS // (warps * groups)))
     partials = dx
     if wants_dweight:
         partials = torch.empty((programs, channels), dtype=torch.float32, device=x.device)
     dy, stride_dy_r, stride_dy_d = as_rows(dy)
     x, stride_r, stride_d = as_rows(x)
     extra, stride_extra_r, stride_extra_d = (x, 0, 0) if extra is None else as_rows(extra)
-    _rms_norm_bwd_kernel[(programs * groups,)](
+    launch(
+        _rms_norm_bwd_kernel,
+        (programs * groups,),
         dy,
         x,
         extra,

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 __all__ = ["Tuning", "as_rows", "load", "norm_forward", "tile_of"]
 
 
@@ -91,6 +93,8 @@ def _rms_norm_fwd_kernel(
     HAS_TOTAL: tl.constexpr,
 ):
     """y and, with HAS_TOTAL, the sum that was normalised; both contiguous."""
+    # inductor passes a float of Python as fp64, which everything after it would become too
+    eps = tl.cast(eps, tl.float32)
     pid = tl.program_id(0).to(tl.int64)
     row = (pid // GROUPS) * ROWS + tl.arange(0, ROWS)[:, None]
     first = (pid % GROUPS) * W
@@ -163,7 +167,9 @@ def norm_forward(
     x, stride_r, stride_d = as_rows(x)
     extra, stride_extra_r, stride_extra_d = (x, 0, 0) if extra is None else as_rows(extra)
     count, groups = y.numel() // channels, channels // width
-    _rms_norm_fwd_kernel[(triton.cdiv(count, rows) * groups,)](
+    launch(
+        _rms_norm_fwd_kernel,
+        (-(-count // rows) * groups,),
         x,
         extra,
         x if weight is None else weight.contiguous(),

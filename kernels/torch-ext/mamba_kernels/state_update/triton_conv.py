@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import left_to_eager
+from ..launch import launch
 from .eager import causal_conv1d_update_eager
 
 __all__ = ["causal_conv1d_update_triton"]
@@ -103,7 +104,9 @@ def causal_conv1d_update_triton(
         x = x.contiguous()
     batch, tokens, channels = x.shape[0], 1 if single else x.shape[1], x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _conv_update_kernel[(batch * triton.cdiv(channels, BLOCK),)](
+    launch(
+        _conv_update_kernel,
+        (batch * -(-channels // BLOCK),),
         x,
         conv_state,
         weight,
@@ -117,9 +120,9 @@ def causal_conv1d_update_triton(
         tokens,
         channels,
         K=size,
-        KB=triton.next_power_of_2(size),
+        KB=1 << (size - 1).bit_length(),
         W=taps,
-        WB=triton.next_power_of_2(taps),
+        WB=1 << (taps - 1).bit_length(),
         BC=BLOCK,
         HAS_BIAS=bias is not None,
         INDEXED=state_indices is not None,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import left_to_eager
+from ..launch import launch
 from ..selective_scan.triton_common import LOG2_E, softplus
 from .eager import selective_state_update_eager
 
@@ -220,7 +221,9 @@ def selective_state_update_triton(
         step_states = torch.empty((*x.shape, size), dtype=state.dtype, device=x.device)
     block_n = 1 << (size - 1).bit_length()
     block_d = TILE // block_n
-    _selective_state_update_kernel[(x.shape[0] * triton.cdiv(channels, block_d),)](
+    launch(
+        _selective_state_update_kernel,
+        (x.shape[0] * -(-channels // block_d),),
         held,
         x,
         dt,

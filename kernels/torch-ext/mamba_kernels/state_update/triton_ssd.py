@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import left_to_eager
+from ..launch import launch
 from ..selective_scan.triton_common import LOG2_E, softplus
 from .eager import ssd_state_update_eager
 from .triton_selective import dense, lead_strides
@@ -96,6 +97,9 @@ def _ssd_state_update_kernel(
     STEP_STATES: tl.constexpr,
 ):
     """y (B, T, H, P), the state in place and, with STEP_STATES, the state after each token (B, T, H, P, N)."""
+    # inductor passes a float of Python as fp64, which everything after it would become too
+    smallest = tl.cast(smallest, tl.float32)
+    largest = tl.cast(largest, tl.float32)
     pid = tl.program_id(0)
     blocks: tl.constexpr = (P + BP - 1) // BP
     head = (pid // blocks) % HEADS
@@ -215,7 +219,9 @@ def ssd_state_update_triton(
         step_states = torch.empty((*x.shape, size), dtype=state.dtype, device=x.device)
     block_n = 1 << (size - 1).bit_length()
     block_p = min(TILE // block_n, 1 << (head_dim - 1).bit_length())
-    _ssd_state_update_kernel[(x.shape[0] * heads * triton.cdiv(head_dim, block_p),)](
+    launch(
+        _ssd_state_update_kernel,
+        (x.shape[0] * heads * -(-head_dim // block_p),),
         held,
         x,
         dt,
