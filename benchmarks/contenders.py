@@ -1,6 +1,9 @@
-"""The models that are compared: ours, transformers' own class and mambapy, all with the same weights."""
+"""The models that are compared: ours, transformers' own class, mamba_ssm's and mambapy, all with the same weights."""
 
+import importlib
 import importlib.util
+import sys
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,19 +17,27 @@ import hf_mamba
 __all__ = [
     "CLASSES",
     "KINDS",
+    "OWN_KINDS",
     "SIZES",
     "MambapyForCausalLM",
     "has_mambapy",
+    "make_mamba_ssm",
     "make_models",
+    "native_without_packages",
     "parse_names",
     "parse_numbers",
+    "parse_peers",
 ]
 
 KINDS = ("mamba", "mamba2")
+# with MoE-Mamba, which transformers and mamba_ssm have no class for
+OWN_KINDS = (*KINDS, "moe_mamba")
+# what `--against` takes for no peer at all
+NOBODY = "none"
 
 
 class Classes(NamedTuple):
-    """transformers' and our configuration and language model of one kind."""
+    """transformers' and our configuration and language model of one kind; None where there is no class."""
 
     native_config: Any
     native: Any
@@ -37,11 +48,16 @@ class Classes(NamedTuple):
 CLASSES = {
     "mamba": Classes(transformers.MambaConfig, NativeMamba, hf_mamba.MambaConfig, hf_mamba.MambaForCausalLM),
     "mamba2": Classes(transformers.Mamba2Config, NativeMamba2, hf_mamba.Mamba2Config, hf_mamba.Mamba2ForCausalLM),
+    "moe_mamba": Classes(None, None, hf_mamba.MoeMambaConfig, hf_mamba.MoeMambaForCausalLM),
 }
 
 
 def _published(hidden_size: int, num_hidden_layers: int) -> dict[str, dict[str, Any]]:
-    """The shapes of the published checkpoints of one size, by kind."""
+    """The shapes of the published checkpoints of one size, by kind.
+
+    MoE-Mamba's are those of Mamba with every second layer made a Switch layer of 8 experts, three times as wide as the model
+    (arXiv 2401.04081, which has 42 of them): the weights that a token passes stay about as many.
+    """
     return {
         "mamba": {
             "vocab_size": 50280,
@@ -57,6 +73,14 @@ def _published(hidden_size: int, num_hidden_layers: int) -> dict[str, dict[str, 
             "num_heads": 2 * hidden_size // 64,
             "head_dim": 64,
             "n_groups": 1,
+            "tie_word_embeddings": True,
+        },
+        "moe_mamba": {
+            "vocab_size": 50280,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "state_size": 16,
+            "num_experts": 8,
             "tie_word_embeddings": True,
         },
     }
@@ -78,6 +102,13 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "num_heads": 8,
             "head_dim": 64,
             "n_groups": 1,
+        },
+        "moe_mamba": {
+            "vocab_size": 512,
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "state_size": 16,
+            "num_experts": 4,
         },
     },
 }
@@ -149,6 +180,81 @@ def make_models(kind: str, size: str, layers: int | None = None, mambapy: bool =
     for model in models.values():
         model.load_state_dict(native.state_dict())
     return models
+
+
+@cache
+def native_without_packages(kind: str) -> Any:
+    """transformers' own language model as it is where neither mamba_ssm nor causal_conv1d is installed.
+
+    transformers looks for the packages when it imports a model's module, so the module is imported a second time with both
+    hidden.
+    """
+    module = sys.modules[CLASSES[kind].native.__module__]
+    name = f"{module.__name__}_without_packages"
+    spec: Any = importlib.util.spec_from_file_location(name, module.__file__)
+    hidden = {package: sys.modules.get(package) for package in ("mamba_ssm", "causal_conv1d")}
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        sys.modules[name] = copy
+        spec.loader.exec_module(copy)
+    finally:
+        for package, previous in hidden.items():
+            if previous is None:
+                del sys.modules[package]
+            else:
+                sys.modules[package] = previous
+    return getattr(copy, CLASSES[kind].native.__name__)
+
+
+def make_mamba_ssm(
+    kind: str,
+    fields: dict[str, Any],
+    weights: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """mamba_ssm's own language model with the weights of ours.
+
+    Args:
+        kind: "mamba" or "mamba2".
+        fields: of our configuration, as in `SIZES`.
+        weights: the state of our model.
+
+    Raises:
+        ImportError: mamba_ssm, or what it needs, cannot be imported.
+    """
+    state = {"d_state": fields["state_size"]}
+    if kind == "mamba2":
+        state = {"layer": "Mamba2", "headdim": fields["head_dim"], "ngroups": fields["n_groups"], **state}
+    config = importlib.import_module("mamba_ssm.models.config_mamba").MambaConfig(
+        d_model=fields["hidden_size"],
+        n_layer=fields["num_hidden_layers"],
+        vocab_size=fields["vocab_size"],
+        ssm_cfg=state,
+        pad_vocab_size_multiple=8,
+        tie_embeddings=torch.equal(weights["lm_head.weight"], weights["backbone.embeddings.weight"]),
+    )
+    classes = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
+    model = classes.MambaLMHeadModel(config, device=device, dtype=dtype)
+    model.load_state_dict(
+        {key.replace("backbone.embeddings.", "backbone.embedding."): value for key, value in weights.items()}
+    )
+    return model
+
+
+def parse_peers(text: str, allowed: tuple[str, ...]) -> list[str]:
+    """The names in `--against`; none of them if it is empty or says so.
+
+    Raises:
+        ValueError: one of them is not allowed.
+    """
+    if text.strip() in ("", NOBODY):
+        return []
+    names = parse_names(text, "--against", (*allowed, NOBODY))
+    if NOBODY in names:
+        raise ValueError(f"--against takes {NOBODY} alone or names out of {', '.join(allowed)}, got {text!r}.")
+    return names
 
 
 def parse_names(text: str, option: str, allowed: tuple[str, ...]) -> list[str]:

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import parse_names, parse_numbers
+from benchmarks.contenders import parse_names, parse_numbers, parse_peers
 from benchmarks.op_contenders import EAGER, OURS, PEERS, Implementation, implementation, is_installed, offers
 from benchmarks.op_gate import TOLERANCES, Gate
 from benchmarks.op_process import FirstCall, first_calls
@@ -55,7 +55,10 @@ class Budget:
 def ops(
     op: Annotated[str, typer.Option(help="Ops, separated by commas; all when left out.")] = ",".join(OPS),
     against: Annotated[
-        str, typer.Option(help="Contenders, separated by commas; those that are not installed are named and left out.")
+        str,
+        typer.Option(
+            help="Contenders, separated by commas, or none; those that are not installed are named and left out."
+        ),
     ] = ",".join([*PEERS, EAGER]),
     rows: Annotated[str, typer.Option(help="Only rows whose label holds this text, such as L65536.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="The first row of each op alone.")] = False,
@@ -71,7 +74,7 @@ def ops(
     budget = Budget(seconds)
     try:
         names = parse_names(op, "--op", tuple(OPS))
-        peers = parse_names(against, "--against", (*PEERS, EAGER))
+        peers = parse_peers(against, (*PEERS, EAGER))
         chosen = ROWS if lengths is None else rows_at(parse_numbers(lengths, "--lengths"))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

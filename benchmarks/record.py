@@ -50,6 +50,9 @@ class Row:
     host_ms: float | None = None
     floor_ms: float | None = None
     target_ms: float | None = None
+    # what the model has to compute, whoever computes it; and that over what the device could do in the time
+    flops: float | None = None
+    mfu: float | None = None
 
     def fill(self, outcome: Outcome, tokens: int | None = None) -> "Row":
         """Take over what `timing.compare` found; `tokens` per run gives tokens per second of the median run."""

@@ -48,6 +48,73 @@ def test_every_contender_is_checked_and_timed(kind: str, tmp_path: Path) -> None
     )
 
 
+def test_adapters_have_losses_of_their_own(tmp_path: Path) -> None:
+    """transformers' own class with the same adapters beside ours, and as if no package were installed."""
+    options = "skip_logits+lora,lora+part_checkpointing"
+    arguments = ["--models", "mamba", "--options", options, "--against", "transformers"]
+    result, rows = run(tmp_path / "record.json", *arguments)
+    assert result.exit_code == 0, result.output
+    assert list(rows) == [
+        "hf_mamba",
+        "hf_mamba + skip_logits + lora",
+        "hf_mamba + lora + part_checkpointing",
+        "transformers",
+        "transformers + lora",
+    ]
+    assert {row["status"] for row in rows.values()} == {"measured"}
+    first = rows["hf_mamba + skip_logits + lora"]
+    assert first["error"] is None and rows["transformers + lora"]["error"] < 1e-4
+    # no gradient of frozen weights
+    assert 4 / 6 < first["flops"] / rows["hf_mamba"]["flops"] < 0.8
+
+
+def test_transformers_as_without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    contenders = pytest.importorskip("benchmarks.contenders")
+    module = type(sys)("mamba_ssm")
+    monkeypatch.setitem(sys.modules, "mamba_ssm", module)
+    contenders.native_without_packages.cache_clear()
+    for kind in contenders.KINDS:
+        bare = contenders.native_without_packages(kind)
+        assert (
+            bare.__name__ == contenders.CLASSES[kind].native.__name__ and bare is not contenders.CLASSES[kind].native
+        )
+    assert sys.modules["mamba_ssm"] is module
+
+
+def test_every_kind_and_length_ours_first(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    arguments = ["--options", "plain", "--against", "transformers", "--lengths", "16,24"]
+    result, _ = run(file, *arguments, "--layers", "2", "--seconds", "1000")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["subject"], row["shape"]["L"], row["contender"]) for row in rows] == [
+        (f"{kind}-small", length, contender)
+        for kind in ("mamba", "mamba2", "moe_mamba")
+        for length in (16, 24)
+        for contender in (["hf_mamba", "transformers"] if kind != "moe_mamba" else ["hf_mamba"])
+    ]
+    assert {row["status"] for row in rows} == {"measured"}
+
+
+def test_operations_of_a_step() -> None:
+    """Counted by hand for one layer of each kind, with all weights trained."""
+    contenders = pytest.importorskip("benchmarks.contenders")
+
+    def flops(kind: str, **fields) -> float:
+        classes = contenders.CLASSES[kind]
+        return benchmark.step_flops(classes.own(classes.own_config(**contenders.SIZES["small"][kind] | fields)))
+
+    d, inner, vocab, rank = 256, 512, 512, 16
+    mixer = d * 2 * inner + inner * (rank + 2 * 16) + rank * inner + inner * d + 4 * inner
+    mamba = 6 * mixer + 15 * inner * 16
+    assert flops("mamba", num_hidden_layers=1) == 6 * d * vocab + mamba
+    mixer = d * (2 * inner + 2 * 64 + 8) + inner * d + 4 * (inner + 2 * 64)
+    assert flops("mamba2", num_hidden_layers=1) == 6 * (d * vocab + mixer) + 15 * inner * 64
+    # one expert of four, and the router
+    experts = 2 * d * 3 * d + 4 * d
+    assert flops("moe_mamba", num_hidden_layers=2) == pytest.approx(6 * (d * vocab + experts) + mamba)
+
+
 def test_what_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A contender whose first loss is right but that learns something else; and one whose loss is no number."""
     right = benchmark.Step._loss
@@ -77,7 +144,7 @@ def test_a_step_that_takes_too_long_is_not_run(tmp_path: Path) -> None:
 
 
 def test_failures_and_lack_of_time_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--models", "mamba2", "--options", "skip_logits", "--against", ""]
+    arguments = ["--models", "mamba2", "--options", "skip_logits", "--against", "none"]
     _, rows = run(tmp_path / "a.json", *arguments, "--seconds", "0")
     assert {row["status"] for row in rows.values()} == {"out of time"}
 
@@ -156,8 +223,10 @@ def test_targets_are_set_against_speed_and_memory() -> None:
     cells = [cell.strip() for cell in line.split("│")[1:-1]]
     # the slowest steps have the fewest tokens a second
     assert cells[1:5] == ["273,067", "327,680", "409,600", "300,000 ✓"]
-    assert cells[6:8] == ["9.44", "8 ✗"]
-    assert benchmark.target_of(quick, "cuda", "130m", layers=2) is None
+    assert cells[6:9] == ["9.44", "8 ✗", "-"]
+    assert benchmark.target_of(quick, "cuda", layers=2) is None
+    quick.contender = "hf_mamba + lora"
+    assert benchmark.target_of(quick, "cuda", layers=None) is None
 
 
 @pytest.mark.parametrize(
@@ -166,10 +235,12 @@ def test_targets_are_set_against_speed_and_memory() -> None:
         (["--models", "gpt2"], "--models"),
         (["--options", "fast"], "--options"),
         (["--against", "jax"], "--against"),
+        (["--against", "none,transformers"], "--against"),
+        (["--lengths", "1"], "--lengths"),
         (["--precision", "fp8"], "--precision"),
         (["--precision", "float32,autocast"], "--precision"),
     ],
-    ids=["models", "options", "peers", "precision", "two precisions"],
+    ids=["models", "options", "peers", "none and a peer", "lengths", "precision", "two precisions"],
 )
 def test_bad_options_are_refused(arguments: list[str], part: str, tmp_path: Path) -> None:
     result, _ = run(tmp_path / "record.json", *arguments)
