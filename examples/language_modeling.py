@@ -6,6 +6,7 @@ Shapes: B batch, L context length, V vocabulary.
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "LanguageModelTrainer",
     "TimeBudget",
     "TrainingWindows",
+    "drop_residual_updates",
     "encode",
     "evaluate",
     "read_documents",
@@ -283,6 +285,25 @@ class LanguageModelTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer, with the seconds of training so far."""
         super().log({**logs, "elapsed_seconds": round(self.budget.seconds, 2)}, start_time)
+
+
+def drop_residual_updates(model: torch.nn.Module, rate: float) -> None:
+    """In training, dropout of what mixers, experts and feed-forward layers add to the residual stream.
+
+    It belongs to the run, not to the model: nothing of it is saved.
+    """
+
+    def drop(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        if not module.training:
+            return output
+        if isinstance(output, tuple):  # experts return the router's logits as well
+            return torch.nn.functional.dropout(output[0], rate), *output[1:]
+        return torch.nn.functional.dropout(output, rate)
+
+    if rate:
+        for name, module in model.named_modules():
+            if re.search(r"layers\.\d+\.(?:mixer|moe|mlp)$", name):
+                module.register_forward_hook(drop)
 
 
 def save_in(dtype: torch.dtype, model: PreTrainedModel, folder: str | Path) -> None:

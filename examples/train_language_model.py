@@ -2,6 +2,7 @@
 
     python examples/prepare_text.py                                   # writes .data/train.txt, valid.txt, test.txt
     python examples/train_language_model.py --output_dir runs/mine    # CPU, one GPU
+    python examples/train_language_model.py options.json --output_dir runs/mine    # options from a file, then others
     accelerate launch examples/train_language_model.py …              # several GPUs
 
 The output folder then holds everything that `from_pretrained` and `push_to_hub` need, a model card with the measured
@@ -17,7 +18,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from language_modeling import (
     TimeBudget,
     TrainingWindows,
     check_round_trip,
+    drop_residual_updates,
     encode,
     evaluate,
     read_documents,
@@ -51,6 +53,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_mamba  # registers the model types with the Auto classes
+from hf_mamba.integrations.router_health import RouterHealth
 
 __all__ = ["Arguments", "build_config", "main", "train"]
 
@@ -97,6 +100,9 @@ class Arguments:
     learning_rate: float = option(3e-3, "peak learning rate")
     warmup_steps: int = option(200, "steps of linear warm-up")
     weight_decay: float = option(0.1, "decay of matrices; never of A_log, D, dt_bias, norms and biases")
+    dropout: float = option(
+        0.0, "in training, fraction of what each layer adds to the residual stream that is set to zero"
+    )
     grad_clip: float = option(1.0, "largest norm of the gradient")
     bf16: bool | None = option(None, "mixed precision in bfloat16 (default: on a GPU that has it)")
     torch_compile: bool = option(False, "compile the model with torch.compile")
@@ -120,6 +126,8 @@ class Arguments:
         for name in ("context_length", "batch_size", "gradient_accumulation", "steps", "eval_steps"):
             if getattr(self, name) < (2 if name == "context_length" else 1):
                 raise ValueError(f"--{name} must be a positive number, got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must lie between 0 and 1, got {self.dropout}.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"--max_minutes must be positive, got {self.max_minutes}.")
         if self.resume and self.overwrite:
@@ -135,7 +143,7 @@ def build_config(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Pr
     Raises:
         ValueError: an option that the model type does not have, malformed overrides, or sizes that do not fit together.
     """
-    fields: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": arguments.hidden_size,
         "num_hidden_layers": arguments.num_hidden_layers,
@@ -151,28 +159,28 @@ def build_config(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Pr
         for name, default in options.items():
             given = getattr(arguments, name)
             if arguments.model_type == model_type:
-                fields[name] = default if given is None else given
+                sizes[name] = default if given is None else given
             elif given is not None:
                 raise ValueError(f"--{name} is an option of {model_type}; {arguments.model_type} does not have it.")
     if arguments.model_type == "mamba2":
         inner = arguments.hidden_size * arguments.expand
-        if inner % fields["head_dim"]:
+        if inner % sizes["head_dim"]:
             raise ValueError(
-                f"--head_dim {fields['head_dim']} does not divide hidden_size * expand = {inner}; "
+                f"--head_dim {sizes['head_dim']} does not divide hidden_size * expand = {inner}; "
                 f"choose a divisor, for example {math.gcd(inner, 64)}."
             )
-        fields["num_heads"] = inner // fields["head_dim"]
+        sizes["num_heads"] = inner // sizes["head_dim"]
     try:
         overrides = json.loads(arguments.config_overrides)
     except json.JSONDecodeError as error:
         raise ValueError(f"--config_overrides is not JSON ({error}): {arguments.config_overrides!r}.") from None
     if not isinstance(overrides, dict):
         raise ValueError(f"--config_overrides must be a JSON object, got {arguments.config_overrides!r}.")
-    config = AutoConfig.for_model(arguments.model_type, **fields)
+    config = AutoConfig.for_model(arguments.model_type, **sizes)
     for name in overrides:
         if not hasattr(config, name):
             raise ValueError(f"--config_overrides: {type(config).__name__} has no field {name!r}.")
-    return AutoConfig.for_model(arguments.model_type, **(fields | overrides))
+    return AutoConfig.for_model(arguments.model_type, **(sizes | overrides))
 
 
 def load_tokenizer(arguments: Arguments, documents: list[str]) -> PreTrainedTokenizerBase:
@@ -277,6 +285,7 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
     model: Any = AutoModelForCausalLM.from_config(build_config(arguments, tokenizer))
     # the loss alone is needed: the logits of the whole batch are never computed at once
     model.skip_logits = True
+    drop_residual_updates(model, arguments.dropout)
     options = training_arguments(arguments)
     tokens = encode(tokenizer, documents["train"])
     # train_batch_size counts every GPU that this process drives, world_size the processes
@@ -292,6 +301,9 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
         eval_dataset=EvaluationWindows(encode(tokenizer, documents["valid"]), arguments.context_length),
         processing_class=tokenizer,
     )
+
+    if arguments.model_type == "moe_mamba":
+        RouterHealth().attach(trainer)
 
     def measured(model: PreTrainedModel, name: str) -> dict[str, float]:
         own = documents[name] if name in documents else read_documents(data / f"{name}.txt")
@@ -344,6 +356,7 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
     report = {
         "command": command,
         "parameters": saved.num_parameters(),
+        "active_parameters": active_parameters(saved),
         "results": results,
         "test_before_training": before,
         "steps": trainer.state.global_step,
@@ -356,6 +369,7 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
         "precision": "bfloat16 mixed precision" if options.bf16 else "float32",
         "versions": versions(),
         "samples": texts,
+        "curves": curves(trainer.state.log_history),
     }
     (output / "training_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     write_model_card(
@@ -374,6 +388,25 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
         print(f"--- {text}")
     print(f"saved in {output}", flush=True)
     return report
+
+
+def active_parameters(model: Any) -> int:
+    """Parameters that one token meets: all, but of routed experts only those that are chosen."""
+    return model.num_active_parameters() if hasattr(model, "num_active_parameters") else model.num_parameters()
+
+
+def curves(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What the Trainer logged, one entry for each step at which it did, without its timings."""
+    entries: dict[int, dict[str, float]] = {}
+    for entry in log:
+        kept = {
+            name: round(value, 4) if isinstance(value, float) else value
+            for name, value in entry.items()
+            if name in ("step", "elapsed_seconds", "loss", "eval_loss") or name.startswith("router_")
+        }
+        if kept.keys() & {"loss", "eval_loss"}:
+            entries.setdefault(entry["step"], {}).update(kept)
+    return [entries[step] for step in sorted(entries)]
 
 
 def hardware(options: TrainingArguments) -> str:
@@ -395,14 +428,35 @@ def versions() -> dict[str, str]:
     }
 
 
+def parse(given: list[str]) -> Arguments:
+    """The options of a command line, which may begin with a JSON file of options; those after it take precedence.
+
+    Raises:
+        ValueError: the file does not exist, is no JSON object, or names an option that there is not.
+    """
+    parser = HfArgumentParser(cast(Any, Arguments), description=(__doc__ or "").split("\n")[0])
+    if given and given[0].endswith(".json"):
+        path, *given = given
+        try:
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"the options in {path} cannot be read ({error}).") from None
+        unknown = (
+            set(settings) - {option.name for option in fields(Arguments)} if isinstance(settings, dict) else {path}
+        )
+        if unknown:
+            raise ValueError(f"{path} must be a JSON object of options of this script; unknown: {sorted(unknown)}.")
+        parser.set_defaults(**settings)
+    (arguments,) = parser.parse_args_into_dataclasses(given)
+    return arguments
+
+
 def main() -> None:
     """Entry point of the script."""
     started = time.monotonic()
     command = shlex.join(["python", *sys.argv])
-    parser = HfArgumentParser(cast(Any, Arguments), description=(__doc__ or "").split("\n")[0])
     try:
-        (arguments,) = parser.parse_args_into_dataclasses()
-        report = train(arguments, command)
+        report = train(parse(sys.argv[1:]), command)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if report is not None:

@@ -2,6 +2,7 @@
 
     python examples/prepare_text.py
     python examples/moe_mamba_vs_mamba/train.py --config gpu --output_dir runs/moe       # minutes on one GPU
+    python examples/moe_mamba_vs_mamba/side_by_side.py --output_dir runs/moe             # all models at once, by the clock
     python examples/moe_mamba_vs_mamba/train.py --config cpu --output_dir runs/moe-cpu   # a smoke test
     python examples/moe_mamba_vs_mamba/report.py runs/moe
 
@@ -12,6 +13,7 @@ command goes on where it was stopped: finished runs are kept, an unfinished one 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -53,6 +55,12 @@ class Arguments:
         default=".data", metadata={"help": "folder with train.txt and valid.txt, as prepare_text.py writes it"}
     )
     models: list[str] = field(default_factory=list, metadata={"help": "only these, such as mamba moe-mamba-8"})
+    checkpoint_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "steps between checkpoints; 0: none, an interrupted run begins anew (default: five evaluations)"
+        },
+    )
 
 
 def read_settings(config: str) -> dict[str, Any]:
@@ -85,10 +93,15 @@ def keep_settings(settings: dict[str, Any], output: Path) -> None:
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
         raise ValueError(f"--output_dir: {output} holds results of other settings; name another folder.")
     output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    # several processes may train into one folder: each of them writes a file of its own and puts it into place
+    unfinished = output / f"settings.json.{os.getpid()}"
+    unfinished.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)
 
 
-def training_options(name: str, seed: int, settings: dict[str, Any], folder: Path) -> TrainingArguments:
+def training_options(
+    name: str, seed: int, settings: dict[str, Any], folder: Path, checkpoint_steps: int | None = None
+) -> TrainingArguments:
     """Those of train_language_model.py; checkpoints are for going on, not for choosing among."""
     rate = settings["learning_rates"]["moe-mamba" if name.startswith("moe-mamba") else name]
     same = ("context_length", "batch_size", "gradient_accumulation", "steps", "eval_steps", "warmup_steps")
@@ -102,7 +115,9 @@ def training_options(name: str, seed: int, settings: dict[str, Any], folder: Pat
     )
     options.load_best_model_at_end, options.save_total_limit = False, 1
     # a checkpoint of 32 experts takes longer than 20 steps
-    options.save_steps = 5 * settings["eval_steps"]
+    options.save_steps = checkpoint_steps or 5 * settings["eval_steps"]
+    if checkpoint_steps == 0:
+        options.save_strategy = SaveStrategy.NO
     return options
 
 
@@ -113,10 +128,11 @@ def train_one(
     tokenizer: PreTrainedTokenizerBase,
     tokens: dict[str, np.ndarray],
     output: Path,
+    checkpoint_steps: int | None = None,
 ) -> dict[str, Any]:
     """Train one model, or go on with it, and return what is written about it."""
     folder = output / "checkpoints" / f"{name}-seed{seed}"
-    options = training_options(name, seed, settings, folder)
+    options = training_options(name, seed, settings, folder, checkpoint_steps)
     set_seed(seed)
     model = build_model(
         name, settings, len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
@@ -159,7 +175,12 @@ def load_tokenizer(settings: dict[str, Any], documents: list[str], output: Path)
     """One tokenizer for all models, trained on the training text and kept."""
     folder = output / "tokenizer"
     if not folder.is_dir():
-        train_tokenizer(documents, settings["vocab_size"]).save_pretrained(folder)
+        unfinished = output / f"tokenizer.{os.getpid()}"
+        train_tokenizer(documents, settings["vocab_size"]).save_pretrained(unfinished)
+        if folder.is_dir():  # another process was faster, with the same result
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.rename(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -185,7 +206,7 @@ def train_all(arguments: Arguments) -> list[Path]:
             if file.is_file():
                 print(f"{name}, seed {seed}: finished before", flush=True)
                 continue
-            result = train_one(name, seed, settings, tokenizer, tokens, output)
+            result = train_one(name, seed, settings, tokenizer, tokens, output, arguments.checkpoint_steps)
             unfinished = file.with_suffix(".json.part")
             unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             unfinished.rename(file)
