@@ -1,6 +1,6 @@
 """Greedy decoding and sampling as replayed CUDA graphs, with the results of transformers' own loop.
 
-A step is two replays: the model, and the choice of the next tokens. The host launches them ahead of the GPU and learns a few
+The prompt is one replay, if one like it was read before. A step is two: the model, and the choice of the next tokens. The host launches them ahead of the GPU and learns a few
 steps later which tokens came out, so that neither waits for the other. Where a step too many would show (states that are
 handed back, criteria that the host decides) it waits for each step.
 
@@ -21,6 +21,8 @@ from transformers.utils import logging
 from ..cache import ONE_NAME, RecurrentCache
 from ..cache_names import CACHE_NAMES
 from . import graphs
+from .prompt import Prompt
+from .prompt_graphs import MAX_TOKENS, RowPrompt, bucket
 from .sampling import TokenSampler, processor_key
 
 __all__ = ["GraphLoop", "plan"]
@@ -31,6 +33,8 @@ logger = logging.get_logger(__name__)
 RUN_AHEAD = 8
 # fewer new tokens than this do not pay for a graph that has to be captured first
 WORTH_CAPTURING = 4
+# what is refused when no prompt of a model can be captured
+PROMPTS = "prompts"
 # the buffer of ids grows in powers of two from here, so that few lengths need a graph of their own
 SMALLEST_CAPACITY = 256
 
@@ -57,40 +61,117 @@ class GraphLoop:
     host_criteria: list[Any]
     streamer: Any
 
-    def run(self, input_ids: Tensor, prompt_logits: Tensor, cache: RecurrentCache, kept: bool) -> Any:
-        """Generate after a prompt that the cache has seen.
+    def read(self, prompt: Prompt, cache: RecurrentCache) -> "Ready | None":
+        """Read a prompt by a graph, if one of its shape was read before.
 
         Args:
-            input_ids: (B, L), the prompt.
+            prompt: what `cache` has not seen; anywhere padded.
+            cache: states to go on from, or none yet; not changed.
+
+        Returns:
+            None if the model has to be called; then nothing has changed.
+        """
+        batch, columns = prompt.input_ids.shape
+        if prompt.inputs_embeds is not None or prompt.position_ids is not None or cache.pending_length:
+            return None
+        if not takes_layouts(self.model):
+            return None
+        if batch * bucket(columns) > MAX_TOKENS or cache.batch_size not in (-1, batch):
+            return None
+        chunk = self.generation_config.prefill_chunk_size
+        if chunk is not None and chunk < columns:
+            return None
+        rows = RowPrompt.of(prompt)
+        if rows is None:
+            return None
+        fresh = cache.batch_size == -1
+        with torch.inference_mode(False), torch.no_grad(), graphs.CAPTURING:
+            store = graphs.graphs_of(self.model)
+            if store is None:
+                return None
+            shape = rows.shape(fresh)
+            known = store.seen_before((batch, cache.ssm_dtype, shape))
+            step = store.step_for(cache, batch)
+            if step is None:
+                return None
+            # the graph for fewer tokens serves as well
+            padded = shape._replace(full=False)
+            if not known and shape not in step.prompts and padded in step.prompts:
+                shape = padded
+            if not known and shape not in step.prompts:
+                return None
+            ready = self._lock(store, step, prompt_length=cache.get_seq_length() + columns)
+            if ready is None:
+                return None
+            graph = _attempt(store, PROMPTS, lambda: step.prompt(shape), "the prompt", again=False)
+            if graph is None:
+                step.lock.release()
+                return None
+            try:
+                if not fresh:
+                    step.cache.copy_from(cache)
+                graph.read(rows)
+            except BaseException:
+                step.lock.release()
+                raise
+        return ready
+
+    def take_over(self, prompt_logits: Tensor, cache: RecurrentCache, new_tokens: int) -> "Ready | None":
+        """Go on after a prompt that the model has read.
+
+        Args:
             prompt_logits: (B, V), for the token after it.
-            cache: the states after the prompt; moved on to the end if `kept`.
+            cache: the states after it; not changed.
+            new_tokens: how many can follow.
+
+        Returns:
+            None if nothing could be captured.
+        """
+        # buffers of inference mode could not be written to outside of it later
+        with torch.inference_mode(False), torch.no_grad(), graphs.CAPTURING:
+            # takes up to a millisecond, in which the GPU still reads the prompt
+            store = graphs.graphs_of(self.model)
+            if store is None or (not store.has_step(cache) and new_tokens < WORTH_CAPTURING):
+                return None
+            step = _attempt(store, graphs.step_key(cache), lambda: store.step(self.model, cache), "a decoding step")
+            ready = None if step is None else self._lock(store, step, prompt_length=cache.get_seq_length())
+            if ready is not None:
+                try:
+                    step.cache.copy_from(cache)
+                    step.logits.copy_(prompt_logits)
+                except BaseException:
+                    step.lock.release()
+                    raise
+        return ready
+
+    def run(self, ready: "Ready", input_ids: Tensor, cache: RecurrentCache, kept: bool) -> Any:
+        """Generate.
+
+        Args:
+            ready: from `read` or `take_over`.
+            input_ids: (B, L), the prompt.
+            cache: what the caller knows; moved on to the end if `kept`.
             kept: whether anyone reads `cache` afterwards.
 
         Returns:
-            What `GenerationMixin._sample` returns, or None if nothing could be captured; then nothing has changed.
+            What `GenerationMixin._sample` returns.
         """
-        # buffers of inference mode could not be written to outside of it later
+        step, sampler = ready.step, ready.sampler
         with torch.inference_mode(False), torch.no_grad():
-            prepared = self._prepare(input_ids, cache)
-            if prepared is None:
-                return None
-            step, sampler, sampler_graph = prepared
             try:
                 sampler.begin(input_ids, self.logits_processors)
-                step.cache.copy_from(cache)
-                step.logits.copy_(prompt_logits)
                 progress = _Progress(self, step, sampler, kept)
                 for index in range(self.max_length - input_ids.shape[1]):
                     if index:
                         step.graph.replay()
                         progress.model_stepped()
-                    sampler_graph.replay()
+                    ready.sampler_graph.replay()
                     if progress.token_chosen():
                         break
                 count = progress.drain()
                 sequences = sampler.ids[:, : input_ids.shape[1] + count].clone()
                 if kept:
-                    progress.hand_back(cache, count)
+                    progress.hand_back(cache, ready.prompt_length + count - 1)
             finally:
                 step.lock.release()
         if self.streamer is not None:
@@ -104,27 +185,25 @@ class GraphLoop:
             **{"cache" if ONE_NAME else "past_key_values": cache},
         )
 
-    def _prepare(self, input_ids: Tensor, cache: RecurrentCache) -> tuple[graphs.DecodeStep, TokenSampler, Any] | None:
-        """The step, locked for this call, and the sampler with its graph; None if they cannot be had."""
-        # takes milliseconds, in which the GPU still reads the prompt
-        mark = graphs.fingerprint(self.model)
-        if mark is None:
+    def _lock(self, store: graphs.Graphs, step: graphs.DecodeStep, prompt_length: int) -> "Ready | None":
+        """The step, locked, with its sampler; None if they cannot be had."""
+        # a locked step is decoding for another thread
+        if not step.lock.acquire(blocking=False):
             return None
         capacity = max(SMALLEST_CAPACITY, 1 << (self.max_length - 1).bit_length())
-        with graphs.CAPTURING:
-            store = graphs.graphs_of(self.model, mark)
-            if not store.has_step(cache) and self.max_length - input_ids.shape[1] < WORTH_CAPTURING:
-                return None
-            step = _attempt(store, graphs.step_key(cache), lambda: store.step(self.model, cache))
-            # a locked step is decoding for another thread
-            if step is None or not step.lock.acquire(blocking=False):
-                return None
-            key = (capacity, *self.sampler_key)
-            found = _attempt(store, key, lambda: step.sampler(key, lambda: self._make_sampler(step, capacity)))
-            if found is None:
-                step.lock.release()
-                return None
-        return step, *found
+        key = (capacity, *self.sampler_key)
+        try:
+            found = _attempt(
+                store, key, lambda: step.sampler(key, lambda: self._make_sampler(step, capacity)), "a decoding step"
+            )
+        except BaseException:
+            step.lock.release()
+            raise
+        if found is None:
+            step.lock.release()
+            return None
+        sampler, sampler_graph = found
+        return Ready(step, sampler, sampler_graph, prompt_length)
 
     def _make_sampler(self, step: graphs.DecodeStep, capacity: int) -> TokenSampler:
         pad = self.generation_config._pad_token_tensor
@@ -139,21 +218,43 @@ class GraphLoop:
         )
 
 
-def _attempt(store: graphs.Graphs, key: Any, make: Callable[[], Any]) -> Any:
-    """`make()`, or None if it cannot be captured; what cannot be is remembered, but memory may be free the next time."""
+def _attempt(store: graphs.Graphs, key: Any, make: Callable[[], Any], name: str, again: bool = True) -> Any:
+    """`make()`, or None if it cannot be captured; what cannot be is remembered.
+
+    Args:
+        name: what it is.
+        again: whether to try again after there was no memory, which may be free the next time.
+    """
     if key in store.refused:
         return None
     try:
         return make()
     except torch.cuda.OutOfMemoryError:
         logger.warning_once(
-            "hf_mamba: not enough GPU memory to capture a CUDA graph of a decoding step, so generate() takes the slower "
-            "loop. A smaller batch, or HF_MAMBA_CUDA_GRAPH=0 to stop trying, helps."
+            f"hf_mamba: not enough GPU memory to capture a CUDA graph of {name}, so generate() takes a slower "
+            "way. A smaller batch, or HF_MAMBA_CUDA_GRAPH=0 to stop trying, helps."
         )
-    except RuntimeError as error:
-        logger.info(f"hf_mamba: no CUDA graph of a decoding step: {error}")
+        if not again:
+            store.refused.add(key)
+    except (RuntimeError, TypeError, ValueError) as error:
+        # what is wrong with the call itself, the other way says
+        logger.info(f"hf_mamba: no CUDA graph of {name}: {error}")
         store.refused.add(key)
     return None
+
+
+@dataclass
+class Ready:
+    """A prompt has been read: its states and logits are in `step`, which is locked for this call.
+
+    Attributes:
+        prompt_length: tokens that a cache has seen then.
+    """
+
+    step: graphs.DecodeStep
+    sampler: TokenSampler
+    sampler_graph: Any
+    prompt_length: int
 
 
 @dataclass
@@ -240,14 +341,13 @@ class _Progress:
             self._take()
         return self.tokens if self.stopped_at is None else self.stopped_at + 1
 
-    def hand_back(self, cache: RecurrentCache, count: int) -> None:
-        """Leave in `cache` the states after `count` tokens, of which the last was never read."""
+    def hand_back(self, cache: RecurrentCache, seen: int) -> None:
+        """Leave in `cache` the states after `seen` tokens."""
         states = self.step.cache
         for row, ended in self.ended.items():
             states.insert([row], ended)
-        seen = cache.get_seq_length()
         cache.copy_from(states)
-        cache._seen = seen + count - 1
+        cache._seen = seen
 
 
 def plan(
@@ -302,6 +402,11 @@ def plan(
         host_criteria=host_criteria,
         streamer=streamer,
     )
+
+
+def takes_layouts(model: Any) -> bool:
+    """Whether the forwards of model and backbone are those of this package; others may need masks as generate() makes them."""
+    return all(type(part).forward.__module__.startswith("hf_mamba.") for part in (model, model.base_model))
 
 
 def runs_graphs(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """CUDA graphs of one decoding step, and when they may be replayed.
 
 A graph replays the kernels that were launched while it was captured, on the same addresses. So it is right as long as every
-tensor of the model is where it was and nothing else that steers the Python code has changed. `fingerprint` collects both;
+tensor of the model is where it was and nothing else that steers the Python code has changed. A fingerprint collects both;
 weights that are changed in place, by an optimiser or by merging an adapter, are read anew by every replay.
 
 Symbols: B batch, V vocabulary.
@@ -16,21 +16,23 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..cache import RecurrentCache
+from .fingerprint import Watch, fingerprint
+from .prompt_graphs import PromptGraph, PromptShape
 
-__all__ = ["DecodeStep", "Graphs", "capture", "fingerprint", "graphs_of"]
+__all__ = ["DecodeStep", "Graphs", "capture", "graphs_of"]
 
-# model steps (one for each batch size) that are kept for a model, and samplers (one for each set of options) for a step
-MAX_STEPS, MAX_SAMPLERS = 4, 8
+# model steps (one for each batch size) that are kept for a model; samplers (one for each set of options) and prompts (one for
+# each length) for a step
+MAX_STEPS, MAX_SAMPLERS, MAX_PROMPTS = 4, 8, 24
+# shapes of prompts that are remembered as having been read once
+MAX_SEEN = 512
 # of the device's memory, the most that the states of kept steps may take together
 MEMORY_SHARE = 0.1
 # launches before capturing: kernels are compiled and libraries initialised outside the graph
 WARM_UPS = 2
-
-MODULE_FIELDS = frozenset(vars(nn.Module()))
-SIMPLE = frozenset((bool, int, float, str, type(None)))
 
 
 class CudaGraph:
@@ -39,15 +41,6 @@ class CudaGraph:
     def __init__(self, function: Callable[[], None], device: torch.device):
         self.graph = torch.cuda.CUDAGraph()
         self.pool = memory_pool(device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            for _ in range(WARM_UPS - 1):
-                function()
-            # a look at a tensor's values is an error here, where it does no harm yet
-            with _no_synchronisation():
-                function()
-        torch.cuda.current_stream(device).wait_stream(stream)
         # other threads may go on using the device
         captured = torch.cuda.graph(self.graph, pool=self.pool.handle, capture_error_mode="thread_local")
         with torch.cuda.device(device), captured:
@@ -55,6 +48,19 @@ class CudaGraph:
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+def warm_up(function: Callable[[], None], device: torch.device, times: int) -> None:
+    """Run `function` as it is going to be captured; what compiles kernels or initialises libraries happens here."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        for _ in range(times - 1):
+            function()
+        # a look at a tensor's values is an error here, where it does no harm yet
+        with _no_synchronisation():
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 # held while graphs are looked up and captured
@@ -96,7 +102,7 @@ def _no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(previous)
 
 
-def capture(function: Callable[[], None], device: torch.device) -> Any:
+def capture(function: Callable[[], None], device: torch.device, warm_ups: int = WARM_UPS) -> Any:
     """Capture `function`; it runs a few times on the way, and the random state is as before.
 
     Raises:
@@ -104,62 +110,28 @@ def capture(function: Callable[[], None], device: torch.device) -> Any:
         RuntimeError: something in `function` cannot be captured, such as a look at a tensor's values.
     """
     state = torch.cuda.get_rng_state(device)
+    begun = False
     try:
+        warm_up(function, device, warm_ups)
+        begun = True
         return CudaGraph(function, device)
     except BaseException:
-        # a capture that breaks off leaves the generator waiting for its end, and every later random number an error
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generator = torch.cuda.default_generators[index]
-        generator.graphsafe_set_state(generator.clone_state())
-        # graphs that draw from the one before would no longer follow the seed
-        for found in list(_graphs.values()):
-            found.steps.clear()
+        if begun:
+            _forget_broken_capture(device)
         raise
     finally:
         torch.cuda.synchronize(device)
         torch.cuda.set_rng_state(state, device)
 
 
-def fingerprint(model: nn.Module) -> Hashable | None:
-    """Everything a graph of `model` depends on, to be compared; None if a graph of it would not be right.
-
-    That is so in training mode, with hooks (they would run once, while capturing), with modules whose `forward` was replaced
-    (offloading), with tensors of special types (quantised or distributed) or on several devices.
-    """
-    if model.training:
-        return None
-    entries: list[Any] = []
-    devices = set()
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or module.training:
-            return None
-        kind = type(module)
-        entries.append(kind)
-        if not kind.__module__.startswith("torch.nn."):
-            # adapters that are active, scalings, flags
-            for name, value in vars(module).items():
-                if type(value) in SIMPLE:
-                    entries.append((name, value))
-                elif name not in MODULE_FIELDS and is_simple(value):
-                    entries.append((name, repr(value)))
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is None:
-                    continue
-                if type(tensor) not in (Tensor, nn.Parameter):
-                    return None
-                devices.add(tensor.device)
-                entries.append((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()))
-    return tuple(entries) if len(devices) == 1 else None
-
-
-def is_simple(value: Any) -> bool:
-    """Whether a module's attribute is a plain value or a container of those, and so has a `repr` that says all."""
-    if isinstance(value, dict):
-        return all(is_simple(key) and is_simple(item) for key, item in value.items())
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(is_simple, value))
-    return type(value) in SIMPLE
+def _forget_broken_capture(device: torch.device) -> None:
+    # a capture that breaks off leaves the generator waiting for its end, and every later random number an error
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
+    # graphs that draw from the one before would no longer follow the seed
+    for found in list(_graphs.values()):
+        found.steps.clear()
 
 
 class DecodeStep:
@@ -184,6 +156,7 @@ class DecodeStep:
         self.logits = torch.zeros(cache.batch_size, model.config.vocab_size, dtype=torch.float32, device=device)
         self.lock = threading.Lock()
         self.samplers: OrderedDict[Hashable, tuple[Any, Any]] = OrderedDict()
+        self.prompts: OrderedDict[Hashable, PromptGraph] = OrderedDict()
         # as in transformers' own loop: of experts, only the chosen ones are read
         with model._optimize_model_for_decode():
             self.graph = capture(self._forward, device)
@@ -195,8 +168,9 @@ class DecodeStep:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the states, logits and samplers."""
-        return self.cache.nbytes + self.logits.nbytes * (1 + len(self.samplers))
+        """Bytes of the states, logits, samplers and prompts; what is computed on the way is in the graphs' pool."""
+        prompts = sum(prompt.nbytes for prompt in self.prompts.values())
+        return self.cache.nbytes + self.logits.nbytes * (1 + len(self.samplers)) + prompts
 
     def sampler(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, Any]:
         """The sampler for a set of options and its graph; captured the first time."""
@@ -209,19 +183,52 @@ class DecodeStep:
         self.samplers[key] = found
         return found
 
+    def prompt(self, shape: PromptShape) -> PromptGraph:
+        """The graph that reads prompts of a shape into the states of this step; captured the first time."""
+        found = self.prompts.pop(shape, None)
+        if found is None:
+            found = PromptGraph(self.model(), self.cache, self.logits, shape, capture)
+            while len(self.prompts) >= MAX_PROMPTS:
+                self.prompts.popitem(last=False)
+        self.prompts[shape] = found
+        return found
+
 
 class Graphs:
     """The captured steps of a model as it was at one fingerprint, the least recently used first."""
 
     def __init__(self, mark: Hashable) -> None:
         self.mark = mark
+        self.watch: Watch | None = None
         self.steps: OrderedDict[Hashable, DecodeStep] = OrderedDict()
         # what could not be captured is not tried again before the model changes
         self.refused: set[Hashable] = set()
+        # shapes of prompts that were read once, which does not pay for a graph yet
+        self.seen: OrderedDict[Hashable, None] = OrderedDict()
 
     def has_step(self, cache: RecurrentCache) -> bool:
         """Whether the step for the batch of `cache` is captured already."""
         return step_key(cache) in self.steps
+
+    def step_for(self, cache: RecurrentCache, batch: int) -> DecodeStep | None:
+        """A step that is captured already and could go on from `cache`, which may have no states yet."""
+        if cache.batch_size != -1:
+            step = self.steps.get(step_key(cache))
+        else:
+            fitting = (step for step in self.steps.values() if step.cache.batch_size == batch)
+            step = next((step for step in fitting if step.cache.ssm_dtype == cache.ssm_dtype), None)
+        if step is not None:
+            self.steps.move_to_end(step_key(step.cache))
+        return step
+
+    def seen_before(self, shape: Hashable) -> bool:
+        """Whether a prompt of this shape was read before; the next time the answer is yes."""
+        known = shape in self.seen
+        self.seen[shape] = None
+        self.seen.move_to_end(shape)
+        while len(self.seen) > MAX_SEEN:
+            self.seen.popitem(last=False)
+        return known
 
     def step(self, model: Any, cache: RecurrentCache) -> DecodeStep:
         """The step for the batch of `cache`; captured the first time."""
@@ -254,9 +261,15 @@ def device_memory(device: torch.device) -> int:
 _graphs: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()
 
 
-def graphs_of(model: nn.Module, mark: Hashable) -> Graphs:
-    """The graphs of `model`, which are dropped together with it, or when its fingerprint `mark` has changed."""
+def graphs_of(model: nn.Module) -> Graphs | None:
+    """The graphs of `model`, which are dropped together with it or when its fingerprint has changed; None if it has none."""
     found = _graphs.get(model)
+    if found is not None and found.watch is not None and found.watch.unchanged():
+        return found
+    mark = fingerprint(model)
+    if mark is None:
+        return None
     if found is None or found.mark != mark:
         found = _graphs[model] = Graphs(mark)
+    found.watch = Watch(model)
     return found

@@ -121,12 +121,14 @@ class RecurrentGenerationMixin(GenerationMixin):
             cache=cache,
         )
         if loop is not None:
-            outputs = self._prefill(input_ids, generation_config, model_kwargs)
             assert isinstance(cache, RecurrentCache)
             kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-            result = loop.run(input_ids, outputs.logits[:, -1], cache, kept)
-            if result is not None:
-                return result
+            ready = loop.read(self._new_columns(input_ids, generation_config, model_kwargs), cache)
+            if ready is None:
+                outputs = self._prefill(input_ids, generation_config, model_kwargs)
+                ready = loop.take_over(outputs.logits[:, -1], cache, loop.max_length - input_ids.shape[1])
+            if ready is not None:
+                return loop.run(ready, input_ids, cache, kept)
             model_kwargs[PREFILLED] = outputs
         return super()._sample(
             input_ids,
@@ -154,14 +156,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         if read is not None:
             return read
         cache = _given_cache(model_kwargs)
-        prompt = Prompt(
-            input_ids=input_ids,
-            # an assistant is called again and again, and drafts after the tokens, not after the first prompt
-            inputs_embeds=model_kwargs.get("inputs_embeds") if is_first_iteration else None,
-            attention_mask=model_kwargs.get("attention_mask"),
-            position_ids=model_kwargs.get("position_ids"),
-        )
-        prompt = _unseen(prompt, cache, getattr(generation_config, "_mask_length", None)).left_padded()
+        prompt = self._new_columns(input_ids, generation_config, model_kwargs, is_first_iteration).left_padded()
         eos = getattr(generation_config, "_eos_token_tensor", None)
         returned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         if isinstance(cache, RecurrentCache) and returned and eos is not None and len(input_ids) > 1:
@@ -178,6 +173,20 @@ class RecurrentGenerationMixin(GenerationMixin):
             # the last token may be taken back: a snapshot in front of it saves reading the whole prompt again
             borders = sorted({*borders, prompt.length - 1})
         return self._feed(prompt, borders, model_kwargs)
+
+    @staticmethod
+    def _new_columns(
+        input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
+    ) -> Prompt:
+        """What the cache has not seen of a prompt."""
+        prompt = Prompt(
+            input_ids=input_ids,
+            # an assistant is called again and again, and drafts after the tokens, not after the first prompt
+            inputs_embeds=model_kwargs.get("inputs_embeds") if is_first_iteration else None,
+            attention_mask=model_kwargs.get("attention_mask"),
+            position_ids=model_kwargs.get("position_ids"),
+        )
+        return _unseen(prompt, _given_cache(model_kwargs), getattr(generation_config, "_mask_length", None))
 
     def _feed(self, prompt: Prompt, borders: list[int], model_kwargs: dict[str, Any]) -> Any:
         pieces = []

@@ -267,6 +267,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         max_length_k: int | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        layout: SequenceLayout | None = None,
         **kwargs: Any,
     ) -> tuple | RecurrentModelOutput:
         """Run the stack.
@@ -287,6 +288,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             max_length_q, max_length_k: accepted because collators emit them; the lengths say the same.
             output_hidden_states: return the embeddings and the output of each layer.
             return_dict: False returns a tuple without the missing entries.
+            layout: how the tokens are grouped, for callers that know; nothing is looked at then that would wait for the
+                device. Instead of masks and packing, and not over a cache with tokens to replay.
 
         Raises:
             TypeError: an unknown argument, or one of the wrong type.
@@ -310,23 +313,24 @@ class RecurrentModel(RecurrentPreTrainedModel):
             cu_seq_lens_k=cu_seq_lens_k,
         )
         batch, length, _ = inputs_embeds.shape
-        seen = 0 if cache is None else cache.get_seq_length() if isinstance(cache, RecurrentCache) else None
-        padding = padding_mask(attention_mask, batch, length, seen)
-
         replayed = 0
-        if isinstance(cache, RecurrentCache):
-            if cache.pending_length > MAX_REPLAY:
-                self._advance(cache)
-            inputs_embeds, padding, replayed = cache.begin(inputs_embeds, padding)
-        layout = self._layout(
-            inputs_embeds, padding, replayed, position_ids, seq_idx, same_lengths(cu_seq_lens_q, cu_seq_lens_k)
-        )
+        if layout is None:
+            seen = 0 if cache is None else cache.get_seq_length() if isinstance(cache, RecurrentCache) else None
+            padding = padding_mask(attention_mask, batch, length, seen)
+            if isinstance(cache, RecurrentCache):
+                if cache.pending_length > MAX_REPLAY:
+                    self._advance(cache)
+                inputs_embeds, padding, replayed = cache.begin(inputs_embeds, padding)
+            layout = self._layout(
+                inputs_embeds, padding, replayed, position_ids, seq_idx, same_lengths(cu_seq_lens_q, cu_seq_lens_k)
+            )
+        grouped: SequenceLayout = layout
 
         def finish(values: Tensor) -> Tensor:
-            return layout.restore(values)[:, replayed:]
+            return grouped.restore(values)[:, replayed:]
 
         hidden_states, all_hidden_states, extras = self.run_layers(
-            layout.align(inputs_embeds), cache, layout, output_hidden_states, finish, **options
+            grouped.align(inputs_embeds), cache, grouped, output_hidden_states, finish, **options
         )
         if isinstance(cache, RecurrentCache):
             cache.end(length)

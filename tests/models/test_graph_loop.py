@@ -22,63 +22,17 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_mamba import RecurrentCache
-from hf_mamba.generation import graph_loop, graphs
+from hf_mamba.generation import graphs
 
 from .builders import ALL_MODELS, NATIVE_MODELS, make_native, random_ids
+from .on_graphs import DEVICES, generate, graph_device, stock
 from .oracles import GREEDY, TOLERANCE, make_talker, padded
 from .test_parity import with_oracle
 
 STEPS = 12
 
 
-class Called:
-    """Stands for a CUDA graph on a CPU: runs as often as a real one before it is used, and leaves the random state."""
-
-    replays = 0
-
-    def __init__(self, function: Callable[[], None], device: torch.device):
-        self.function = function
-        state = torch.get_rng_state()
-        for _ in range(graphs.WARM_UPS + 1):
-            function()
-        torch.set_rng_state(state)
-
-    def replay(self) -> None:
-        Called.replays += 1
-        self.function()
-
-
-@pytest.fixture(params=["called", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    if request.param == "cuda":
-        replay = graphs.CudaGraph.replay
-
-        def counted(self: graphs.CudaGraph) -> None:
-            Called.replays += 1
-            replay(self)
-
-        monkeypatch.setattr(graphs.CudaGraph, "replay", counted)
-        return torch.device("cuda", 0)
-    monkeypatch.setattr(graphs, "capture", Called)
-    monkeypatch.setattr(graphs, "device_memory", lambda device: 2**34)
-    monkeypatch.setattr(graph_loop, "runs_graphs", lambda device: True)
-    return torch.device("cpu")
-
-
-def generate(model: Any, *args: Any, replayed: bool | None = True, seed: int = 0, **options: Any) -> Any:
-    """generate() from a fixed random state, with a look at whether graphs were replayed; None for either."""
-    torch.manual_seed(seed)
-    before = Called.replays
-    result = model.generate(*args, **options)
-    assert replayed is None or (Called.replays > before) == replayed
-    return result
-
-
-def stock(model: Any, *args: Any, **options: Any) -> Any:
-    """transformers' own loop."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_MAMBA_CUDA_GRAPH", "0")
-        return generate(model, *args, replayed=False, **options)
+device = pytest.fixture(params=DEVICES)(graph_device)
 
 
 def assert_same(model: Any, *args: Any, **options: Any) -> Any:
@@ -383,11 +337,11 @@ def test_a_capture_that_fails(
     expected = stock(model, ids, max_new_tokens=STEPS, **GREEDY)
     attempts = []
 
-    def refuse(function: Any, device: Any) -> None:
+    def refuse(function: Any, device: Any, **options: Any) -> None:
         attempts.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    def exhaust(function: Any, device: Any) -> None:
+    def exhaust(function: Any, device: Any, **options: Any) -> None:
         raise torch.cuda.OutOfMemoryError("out of memory")
 
     works = graphs.capture

@@ -1,0 +1,61 @@
+"""Tests of CUDA graphs that run without a GPU, too: what would be captured is called instead."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hf_mamba.generation import graph_loop, graphs
+
+
+class Called:
+    """Stands for a CUDA graph on a CPU: runs as often as a real one before it is used, and leaves the random state."""
+
+    replays = 0
+
+    def __init__(self, function: Callable[[], None], device: torch.device, warm_ups: int = graphs.WARM_UPS):
+        self.function = function
+        state = torch.get_rng_state()
+        for _ in range(warm_ups + 1):
+            function()
+        torch.set_rng_state(state)
+
+    def replay(self) -> None:
+        Called.replays += 1
+        self.function()
+
+
+DEVICES = ["called", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def graph_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    if request.param == "cuda":
+        replay = graphs.CudaGraph.replay
+
+        def counted(self: graphs.CudaGraph) -> None:
+            Called.replays += 1
+            replay(self)
+
+        monkeypatch.setattr(graphs.CudaGraph, "replay", counted)
+        return torch.device("cuda", 0)
+    monkeypatch.setattr(graphs, "capture", Called)
+    monkeypatch.setattr(graphs, "device_memory", lambda device: 2**34)
+    monkeypatch.setattr(graph_loop, "runs_graphs", lambda device: True)
+    return torch.device("cpu")
+
+
+def generate(model: Any, *args: Any, replayed: bool | None = True, seed: int = 0, **options: Any) -> Any:
+    """generate() from a fixed random state, with a look at whether graphs were replayed; None for either."""
+    torch.manual_seed(seed)
+    before = Called.replays
+    result = model.generate(*args, **options)
+    assert replayed is None or (Called.replays > before) == replayed
+    return result
+
+
+def stock(model: Any, *args: Any, **options: Any) -> Any:
+    """transformers' own loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MAMBA_CUDA_GRAPH", "0")
+        return generate(model, *args, replayed=False, **options)
