@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ...layers.switch import Routing, TopKRouter, within_capacity
 from .configuration_moe_mamba import MoeMambaConfig
+from .fused import FUSED, fused_router, fused_step, kernels_fit
 
 __all__ = ["MoeMambaExperts", "MoeMambaMLP", "MoeMambaSparseMoe", "StackedExperts", "truncated_normal_"]
 
@@ -113,13 +114,15 @@ class MoeMambaExperts(StackedExperts):
         autocast = implementation != "eager" and torch.is_autocast_enabled(device_type)
         if autocast:
             dtype = torch.get_autocast_dtype(device_type)
+        if implementation == FUSED and not kernels_fit(self, hidden_states, dtype):
+            implementation = "grouped_mm"
         if implementation == "grouped_mm" and not self._grouped_mm_fits(dtype):
             return self.run_one_by_one(hidden_states, top_k_index, top_k_weights)
+        run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, StackedExperts.run_one_by_one)
         if autocast and dtype != self.down_proj.dtype:
             # torch casts for no grouped product; in fp32 it would take many times as long
-            run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, StackedExperts.run_one_by_one)
             return run(_Cast(self, dtype), hidden_states.to(dtype), top_k_index, top_k_weights)
-        return super().forward(hidden_states, top_k_index, top_k_weights)
+        return run(self, hidden_states, top_k_index, top_k_weights)
 
     def _grouped_mm_fits(self, dtype: torch.dtype) -> bool:
         """torch's grouped product knows no fp64 and wants rows of whole 16 bytes."""
@@ -183,6 +186,7 @@ class MoeMambaSparseMoe(nn.Module):
     def __init__(self, config, num_experts: int | None = None) -> None:
         super().__init__()
         num_experts = config.num_experts if num_experts is None else num_experts
+        self.config = config
         self.capacity_factor = config.capacity_factor
         self.observer = None
         self.router = TopKRouter(
@@ -225,15 +229,24 @@ class MoeMambaSparseMoe(nn.Module):
         tokens = hidden_states.flatten(0, 1)
         flat_valid = None if valid is None else valid.flatten()
         training = self.training and not dropless
-        router_logits, weights, indices = self.router(tokens, noisy=training)
+        fused = self.config._experts_implementation == FUSED
+        # adapters wrap the experts
+        plain = fused and type(self.experts) is MoeMambaExperts
+        step = fused_step(self.router, self.experts, tokens) if plain and not training else None
+        if step is not None:
+            out, router_logits, weights, indices = step
+        else:
+            routed = fused_router(self.router, tokens, noisy=training) if fused else None
+            router_logits, weights, indices = self.router(tokens, noisy=training) if routed is None else routed
         kept = None
         if training and self.capacity_factor is not None:
             kept = within_capacity(indices, self.router.num_experts, self.capacity_factor, flat_valid)
             weights = weights.masked_fill(~kept, 0.0)
         if self.observer is not None:
             self.observer(Routing(router_logits.detach(), weights.detach(), indices, kept, flat_valid, training))
-        # the grouped matrix products take no empty input
-        out = self.experts(tokens, indices, weights) if tokens.shape[0] else tokens
+        if step is None:
+            # the grouped matrix products take no empty input
+            out = self.experts(tokens, indices, weights) if tokens.shape[0] else tokens
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
         return out.view_as(hidden_states), router_logits.unflatten(0, hidden_states.shape[:2])

@@ -26,6 +26,7 @@ from ..outputs import RecurrentCausalLMOutput, RecurrentClassifierOutput, Recurr
 from ..recurrent import RecurrentModel, RecurrentPreTrainedModel
 from .configuration_moe_mamba import MoeMambaConfig
 from .experts import MoeMambaMLP, MoeMambaSparseMoe, StackedExperts, truncated_normal_
+from .fused import FUSED
 
 __all__ = [
     "MoeMambaCausalLMOutput",
@@ -163,6 +164,12 @@ class MoeMambaPreTrainedModel(RecurrentPreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for its decorator in the file of this class, but the experts have a file of their own
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # transformers' default is grouped_mm, which ours is too where its kernels do not run
+        if requested_experts is None and super().get_correct_experts_implementation(None) == "grouped_mm":
+            return FUSED
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,172 @@
+"""The experts implementation "fused": the kernels of `mamba_kernels.moe` behind transformers' experts interface.
+
+It is the default, and where there is a GPU the router runs in a kernel as well, and a decoding step in three launches. Where
+the kernels do not run it is "grouped_mm".
+
+Symbols: N tokens, d model width, E experts, k experts per token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from mamba_kernels import fused_linear
+from mamba_kernels.dispatch import MOST_ROWS, select
+from mamba_kernels.moe import experts_step, route, routed_experts
+
+from ...layers.switch import TopKRouter
+
+__all__ = ["FUSED", "fused_experts_forward", "fused_router", "fused_step", "kernels_fit"]
+
+FUSED = "fused"
+
+# by the class of the activation module
+_ACTIVATIONS = {"ReLU": "relu", "SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GELU": "gelu"}
+
+
+def _activation(module: Any) -> str | None:
+    """The kernels' name for an activation module, if they have it."""
+    name = _ACTIVATIONS.get(type(module).__name__)
+    # the other kinds of gelu are approximations
+    approximate = getattr(module, "approximate", "none") != "none" or getattr(
+        module, "act", nn.functional.gelu
+    ) not in (
+        nn.functional.gelu,
+        None,
+    )
+    return None if name == "gelu" and approximate else name
+
+
+def _up_name(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def kernels_fit(experts: Any, hidden_states: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute what the module `experts` computes, in `dtype`, and where the tokens are."""
+    down = experts.down_proj
+    return (
+        select("routed_experts", hidden_states.device) == "triton"
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and _activation(experts.act_fn) is not None
+        and not getattr(experts, "is_transposed", False)
+        and getattr(experts, "is_concatenated", True)
+        and not getattr(experts, "has_post_expert_norm", False)
+        and hidden_states.shape[-1] * dtype.itemsize % 16 == 0
+        and down.shape[-1] * dtype.itemsize % 16 == 0
+    )
+
+
+def _arguments(experts: Any) -> dict[str, Any]:
+    """Weights and options of `routed_experts` and `experts_step`."""
+    name = _up_name(experts)
+    biased = experts.has_bias
+    return {
+        "up": getattr(experts, name),
+        "down": experts.down_proj,
+        "up_bias": getattr(experts, f"{name}_bias") if biased else None,
+        "down_bias": experts.down_proj_bias if biased else None,
+        "activation": _activation(experts.act_fn),
+        "gated": experts.has_gate,
+    }
+
+
+def _gates_plainly(experts: Any) -> bool:
+    """Whether a foreign module's gate is transformers' usual one, `act(gate) * up`."""
+    gate = getattr(type(experts), "_apply_gate", None)
+    return getattr(gate, "__name__", None) == "_default_apply_gate"
+
+
+def fused_experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """As transformers' `grouped_mm_experts_forward`, by the kernels of `mamba_kernels.moe` where they can.
+
+    Models of transformers can be told to use it as well, once hf_mamba is imported.
+    """
+    from .experts import StackedExperts
+
+    experts: Any = self
+    module = getattr(experts, "_experts", experts)
+    known = isinstance(module, StackedExperts) or not experts.has_gate or _gates_plainly(module)
+    if not known or not kernels_fit(experts, hidden_states, experts.down_proj.dtype):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    arguments = _arguments(experts)
+    if hidden_states.shape[0] <= MOST_ROWS and not torch.is_grad_enabled():
+        out, *_ = experts_step(hidden_states, indices=top_k_index, weights=top_k_weights, **arguments)
+        return out.to(hidden_states.dtype)
+    return routed_experts(hidden_states, top_k_index, top_k_weights, **arguments)
+
+
+ALL_EXPERTS_FUNCTIONS.register(FUSED, fused_experts_forward)
+
+
+def _is_unhooked(module: nn.Module) -> bool:
+    """Whether calling `module` runs the `forward` of its class and nothing else."""
+    return (
+        "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+    )
+
+
+def _is_plain_router(router: Any, tokens: Tensor) -> bool:
+    """Whether the router is no more than `route` is, and its weights lie whole beside the tokens."""
+    return (
+        type(router) is TopKRouter
+        and router.selection_bias is None
+        and router.num_groups == 1
+        and type(router.weight) is nn.Parameter
+        and router.weight.dtype == torch.float32
+        and router.weight.device == tokens.device
+        and tokens.dtype != torch.float64
+        and _is_unhooked(router)
+        and select("route", tokens.device) == "triton"
+    )
+
+
+def fused_router(router: Any, tokens: Tensor, noisy: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `router(tokens)` returns, in one launch; None where the module has to be called."""
+    if tokens.shape[0] == 0 or (noisy and router.jitter_noise > 0) or not _is_plain_router(router, tokens):
+        return None
+    return route(
+        tokens,
+        router.weight,
+        bias=router.bias,
+        top_k=router.top_k,
+        scoring=router.scoring,
+        normalize=router.normalize,
+        scale=router.scaling_factor,
+    )
+
+
+def fused_step(router: Any, experts: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """A decoding step of N ≤ 4 tokens in three launches; None where the modules have to be called.
+
+    Returns:
+        The experts' output (N, d), the router logits (N, E), weights and indices (N, k).
+    """
+    if not 0 < tokens.shape[0] <= MOST_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    dtype = experts.down_proj.dtype
+    if (
+        not _is_plain_router(router, tokens)
+        or not _is_unhooked(experts)
+        or type(experts.down_proj) is not nn.Parameter
+        or torch.is_autocast_enabled(tokens.device.type)
+        or not kernels_fit(experts, tokens, dtype)
+    ):
+        return None
+    router_logits = fused_linear(tokens, router.weight, bias=router.bias)
+    out, indices, weights = experts_step(
+        tokens,
+        router_logits=router_logits,
+        top_k=router.top_k,
+        scoring=router.scoring,
+        normalize=router.normalize,
+        scale=router.scaling_factor,
+        **_arguments(experts),
+    )
+    return out.to(tokens.dtype), router_logits, weights, indices

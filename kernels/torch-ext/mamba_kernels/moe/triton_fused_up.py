@@ -1,0 +1,136 @@
+"""The experts' first product in Triton, with the gather in front of it and the activation behind it in the same launch.
+
+    a_r = act(W_g x_t(r)) (W_u x_t(r))
+
+A program multiplies the tokens of BM rows of one expert with BN rows of its gate and of its up matrix, so that both factors
+of the product are at hand. How many tiles an expert has, the device alone knows: the grid is as large as it can be at most,
+and a program finds its expert from the ends of the groups.
+
+Symbols: S rows, E experts, d model width, F expert width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_activation import act
+from .triton_plan import Plan
+
+__all__ = ["TUNING", "fused_up"]
+
+# rows, columns and depth of a tile, warps and stages
+TUNING = (128, 128, 64, 8, 4)
+
+
+@triton.jit
+def _fused_up_kernel(
+    x,
+    slot_of_row,
+    ends,
+    up,
+    h,
+    a,
+    stride,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """a (S, F), and with KEEP also what the activation is of: h (S, F) or (S, 2 F)."""
+    WIDTH: tl.constexpr = 2 * F if GATED else F
+    COLUMNS: tl.constexpr = (F + BN - 1) // BN
+    pid = tl.program_id(0)
+    e = tl.arange(0, BE)
+    end = tl.load(ends + e, mask=e < E, other=0)
+    begin = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles = (end - begin + BM - 1) // BM
+    tiles = tl.where(e < E, tiles, 0)
+    last = tl.cumsum(tiles, 0) * COLUMNS
+    expert = tl.sum((last <= pid).to(tl.int32), 0)
+    if expert >= E:
+        return
+    is_mine = e == expert
+    height = tl.sum(tl.where(is_mine, tiles, 0), 0)
+    local = pid - tl.sum(tl.where(is_mine, last, 0), 0) + height * COLUMNS
+    # neighbours share columns of the matrix, which are then read once
+    first = tl.sum(tl.where(is_mine, begin, 0), 0) + (local % height) * BM
+    limit = tl.sum(tl.where(is_mine, end, 0), 0)
+    r = first + tl.arange(0, BM)
+    o = (local // height) * BN + tl.arange(0, BN)
+    token = tl.load(slot_of_row + r, mask=r < limit, other=0) // K
+    c = tl.arange(0, BK)
+    x_tile = x + token.to(tl.int64)[:, None] * stride + c[None, :]
+    column = tl.where(o < F, o, 0)
+    up_tile = up + expert.to(tl.int64) * (WIDTH * D) + column[None, :] * D + c[:, None]
+    g = tl.zeros((BM, BN), tl.float32)
+    u = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, D, BK):
+        if D % BK == 0:
+            value = tl.load(x_tile + start)
+            matrix = tl.load(up_tile + start)
+        else:
+            value = tl.load(x_tile + start, mask=(start + c < D)[None, :], other=0.0)
+            matrix = tl.load(up_tile + start, mask=(start + c < D)[:, None], other=0.0)
+        g = tl.dot(value, matrix, g)
+        if GATED:
+            if D % BK == 0:
+                matrix = tl.load(up_tile + F * D + start)
+            else:
+                matrix = tl.load(up_tile + F * D + start, mask=(start + c < D)[:, None], other=0.0)
+            u = tl.dot(value, matrix, u)
+    mask = (r < limit)[:, None] & (o < F)[None, :]
+    row = r.to(tl.int64)[:, None]
+    if KEEP:
+        tl.store(h + row * WIDTH + o[None, :], g.to(h.dtype.element_ty), mask=mask)
+        g = g.to(h.dtype.element_ty).to(tl.float32)
+        if GATED:
+            tl.store(h + row * WIDTH + F + o[None, :], u.to(h.dtype.element_ty), mask=mask)
+            u = u.to(h.dtype.element_ty).to(tl.float32)
+    result = act(g, ACT)
+    if GATED:
+        result *= u
+    tl.store(a + row * F + o[None, :], result.to(a.dtype.element_ty), mask=mask)
+
+
+def fused_up(
+    x: Tensor, plan: Plan, up: Tensor, activation: str, gated: bool, keep: bool, tuning: tuple[int, ...] = TUNING
+) -> tuple[Tensor | None, Tensor]:
+    """h (S, F) or (S, 2 F) if it is to be kept, and a (S, F), of tokens x (N, d) in the dtype of `up`."""
+    slots = plan.slot_of_row.numel()
+    experts, width, channels = up.shape
+    inner = width // 2 if gated else width
+    rows, columns, depth, warps, stages = tuning
+    h = torch.empty(slots, width, dtype=up.dtype, device=x.device) if keep else None
+    a = torch.empty(slots, inner, dtype=up.dtype, device=x.device)
+    tiles = triton.cdiv(slots, rows) + experts
+    _fused_up_kernel[(tiles * triton.cdiv(inner, columns),)](
+        x,
+        plan.slot_of_row,
+        plan.ends,
+        up,
+        a if h is None else h,
+        a,
+        x.stride(0),
+        K=slots // x.shape[0],
+        E=experts,
+        D=channels,
+        F=inner,
+        BE=triton.next_power_of_2(experts),
+        BM=rows,
+        BN=columns,
+        BK=depth,
+        ACT=activation,
+        GATED=gated,
+        KEEP=keep,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return h, a
