@@ -51,16 +51,16 @@ class CudaGraph:
 
 
 def warm_up(function: Callable[[], None], device: torch.device, times: int) -> None:
-    """Run `function` as it is going to be captured; what compiles kernels or initialises libraries happens here."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    """Run `function` as it is going to be captured; what compiles kernels or initialises libraries happens here.
+
+    On the current stream: memory that a stream of its own used for a long prompt would stay with that stream.
+    """
+    with torch.cuda.device(device):
         for _ in range(times - 1):
             function()
         # a look at a tensor's values is an error here, where it does no harm yet
         with _no_synchronisation():
             function()
-    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 # held while graphs are looked up and captured
