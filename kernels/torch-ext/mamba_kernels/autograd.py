@@ -36,10 +36,12 @@ def first_order_only(name: str) -> Callable[[Backward], Backward]:
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def wrapper(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            # backward runs with gradients enabled only under create_graph=True
+            if not torch.is_grad_enabled():
+                return backward(ctx, *gradients)
             with torch.no_grad():
                 results = backward(ctx, *gradients)
-            # backward runs with gradients enabled only under create_graph=True
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
                 return results
             return tuple(
                 result if result is None else _RefuseSecondOrder.apply(result.detach().requires_grad_(), name)

@@ -79,7 +79,7 @@ def conv_bwd_kernel(
     VARLEN: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """dx of `run` tokens, and their share of the gradients of the weight and the bias: sums (B · n_runs, W + 1, D).
+    """dx of `run` tokens, and their share of the gradients of the weight and the bias: sums (B · n_runs, W or W + 1, D).
 
     ends (B,): where the last sequence of each row ends, with MARKS. run + W - 1 is best a multiple of K.
     """
@@ -188,10 +188,11 @@ def conv_bwd_kernel(
             window = shifted
             gathered = kept
             reached = alive
-    sums += share * ((W + 1) * channels) + c
+    sums += share * ((W + HAS_BIAS) * channels) + c
     for j in tl.static_range(W):
         tl.store(sums + (W - 1 - j) * channels, dtaps[j], mask=mask)
-    tl.store(sums + W * channels, dbias, mask=mask)
+    if HAS_BIAS:
+        tl.store(sums + W * channels, dbias, mask=mask)
 
 
 @conv_kernel

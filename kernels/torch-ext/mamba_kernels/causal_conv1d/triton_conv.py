@@ -9,6 +9,7 @@ from ..autograd import first_order_only
 from ..dispatch import left_to_eager
 from ..launch import launch
 from ..packing import cu_seqlens_to_seq_idx, segments_and_valid
+from ..reduction import sum_partials
 from .eager import causal_conv1d_eager
 from .triton_backward import BACKWARD, conv_bwd_kernel, conv_initial_gradient_kernel
 from .triton_common import Tuning
@@ -54,14 +55,14 @@ def _forward(
     layout: Layout,
     silu: bool,
     return_final_states: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     batch, length, channels = x.shape
     taps = weight.shape[1]
     tuning = FORWARD
     block, blocks = _blocks(channels, tuning)
     run = tuning.rounds(batch, length, blocks) * tuning.tokens
     runs = -(-length // run)
-    y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     flags = {
         "HAS_INITIAL": initial is not None,
         "MARKS": layout.ends is not None,
@@ -96,7 +97,7 @@ def _forward(
     )
     sequences = batch if layout.bounds is None else layout.bounds.shape[0] - 1
     if not return_final_states:
-        return y, y.new_empty(0)
+        return y, None
     final = torch.empty((sequences, channels, taps - 1), dtype=x.dtype, device=x.device)
     if final.numel():
         launch(
@@ -118,7 +119,7 @@ def _forward(
 
 
 class CausalConv1dTritonFunction(torch.autograd.Function):
-    """The convolution, differentiable once. The second output is empty unless final states are asked for."""
+    """The convolution, differentiable once; with final states a pair."""
 
     @staticmethod
     def forward(
@@ -132,15 +133,21 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
         ends: Tensor | None,
         silu: bool,
         return_final_states: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(x, weight, bias, initial, numbers, bounds, ends)
-        ctx.silu, ctx.return_final_states = silu, return_final_states
-        return _forward(x, weight, bias, initial, Layout(numbers, bounds, ends), silu, return_final_states)
+        ctx.silu = silu
+        ctx.set_materialize_grads(False)
+        layout = Layout(numbers, bounds, ends)
+        y, final = _forward(x, weight, bias, initial, layout, silu, return_final_states)
+        return (y, final) if return_final_states else y
 
     @staticmethod
     @first_order_only("causal_conv1d")
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial, numbers, bounds, ends = ctx.saved_tensors
+        if dy is None:
+            # only the final states were used
+            dy = torch.zeros_like(x)
         batch, length, channels = x.shape
         taps = weight.shape[1]
         tuning = BACKWARD
@@ -149,10 +156,10 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
         run = tuning.rounds(batch, length, blocks) * tuning.tokens - (taps - 1)
         runs = -(-length // run)
         dy = _dense_rows(dy)
-        has_final = ctx.return_final_states and taps > 1
-        states = dfinal.contiguous() if has_final else x
-        dx = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
-        sums = torch.empty((batch * runs, taps + 1, channels), dtype=torch.float32, device=x.device)
+        has_final = dfinal is not None and taps > 1
+        states = dfinal.contiguous() if dfinal is not None and has_final else x
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        sums = torch.empty((batch * runs, taps + (bias is not None), channels), dtype=torch.float32, device=x.device)
         flags = {"HAS_BIAS": bias is not None, "MARKS": ends is not None, "VARLEN": bounds is not None}
         operands = (
             x,
@@ -201,9 +208,10 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
                     **flags,
                     num_warps=1,
                 )
-        totals = sums.sum(0)
-        dweight = totals[:taps].t().to(weight.dtype)
-        return dx, dweight, None if bias is None else totals[taps].to(bias.dtype), dinitial, *(None,) * 5
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        dbias = None if bias is None else torch.empty_like(bias)
+        sum_partials(sums, dweight, dbias)
+        return dx, dweight, dbias, dinitial, *(None,) * 5
 
 
 def _dense_rows(value: Tensor) -> Tensor:
@@ -240,7 +248,6 @@ def causal_conv1d_triton(
     floats = (x, weight, bias, initial)
     silu = activation is not None
     if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats):
-        y, final = CausalConv1dTritonFunction.apply(*floats, *layout, silu, return_final_states)
-    else:
-        y, final = _forward(x, weight, bias, initial, layout, silu, return_final_states)
-    return (y, final) if return_final_states else y
+        return CausalConv1dTritonFunction.apply(*floats, *layout, silu, return_final_states)
+    y, final = _forward(x, weight, bias, initial, layout, silu, return_final_states)
+    return y if final is None else (y, final)

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .triton_forward import Tuning, as_rows, load, tile_of
+from ..reduction import sum_partials
+from .triton_forward import Tuning, as_rows, contiguous_like, load, tile_of
 
 __all__ = ["norm_backward"]
 
@@ -251,14 +252,14 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, of the second operand (that of x where `dextra_dtype` is None) and of the weight, or None."""
     channels = x.shape[-1]
-    dx = torch.empty(x.shape, dtype=dx_dtype, device=x.device)
-    dextra = dx if dextra_dtype is None else torch.empty(x.shape, dtype=dextra_dtype, device=x.device)
+    dx = contiguous_like(x, dx_dtype)
+    dextra = dx if dextra_dtype is None else contiguous_like(x, dextra_dtype)
     block, rows, warps = tile_of(width, BACKWARD)
     count, groups = dx.numel() // channels, channels // width
     programs = min(-(-count // rows), max(1, BACKWARD_WARPS // (warps * groups)))
     partials = dx
     if wants_dweight:
-        partials = torch.empty((programs, channels), dtype=torch.float32, device=x.device)
+        partials = torch.empty((programs, 1, channels), dtype=torch.float32, device=x.device)
     dy, stride_dy_r, stride_dy_d = as_rows(dy)
     x, stride_r, stride_d = as_rows(x)
     extra, stride_extra_r, stride_extra_d = (x, 0, 0) if extra is None else as_rows(extra)
@@ -293,4 +294,6 @@ def norm_backward(
     )
     if weight is None or not wants_dweight:
         return dx, dextra, None
-    return dx, dextra, partials.sum(0).to(weight.dtype)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    sum_partials(partials, dweight)
+    return dx, dextra, dweight
