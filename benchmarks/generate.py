@@ -2,12 +2,16 @@
 
 The time of a call with one new token is the time to the first token; what a call with more takes beyond that, divided by their
 number, is the time a token. Both are wall time as a user has it, tokenizer and streaming left out. The floor is the time to
-read every weight once and every state twice (read and written) at the speed of a copy.
+read every weight once and every state twice (read and written) at the speed of a copy; of routed experts, those that the batch can
+choose.
+
+Ours is measured first, at all shapes; then, in the same order, transformers' loop around our model and the peers. The record is
+written after every row, so whatever ends a run early leaves what was measured. `python -m benchmarks plot` draws ms a token against
+the length of the prompt.
 """
 
 import contextlib
 import gc
-import importlib
 import itertools
 import os
 import statistics
@@ -24,15 +28,30 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import hf_mamba
-from benchmarks.contenders import CLASSES, KINDS, SIZES, parse_names, parse_numbers
+from benchmarks.contenders import (
+    CLASSES,
+    KINDS,
+    OWN_KINDS,
+    SIZES,
+    make_mamba_ssm,
+    native_without_packages,
+    parse_names,
+    parse_numbers,
+    parse_peers,
+)
 from benchmarks.op_contenders import is_installed
 from benchmarks.record import Record, Row, format_number, table_console
 from benchmarks.timing import Timing, copy_bandwidth, disagreement, peak_memory_mib, synchronize
+from hf_mamba.models.moe_mamba.experts import StackedExperts
 
 __all__ = ["generate"]
 
-OURS, STOCK_LOOP, NATIVE, MAMBA_SSM, ATTENTION = "hf_mamba", "stock-loop", "transformers", "mamba_ssm", "attention"
-PEERS = (STOCK_LOOP, NATIVE, MAMBA_SSM, ATTENTION)
+OURS, STOCK_LOOP, NATIVE, BARE = "hf_mamba", "stock-loop", "transformers", "transformers-bare"
+MAMBA_SSM, ATTENTION = "mamba_ssm", "attention"
+# the quick ones first
+PEERS = (MAMBA_SSM, ATTENTION, STOCK_LOOP, NATIVE, BARE)
+# those that have no MoE-Mamba
+OTHER_CLASSES = (NATIVE, BARE, MAMBA_SSM)
 # a Transformer of the same size: the shapes of Pythia (arXiv 2304.01373, table 1)
 PYTHIA = {
     "130m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -55,13 +74,15 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def generate(
-    models: Annotated[str, typer.Option(help="mamba, mamba2 or both, separated by a comma.")] = "mamba,mamba2",
+    models: Annotated[str, typer.Option(help=f"Out of {', '.join(OWN_KINDS)}, separated by commas.")] = ",".join(
+        OWN_KINDS
+    ),
     sizes: Annotated[str, typer.Option(help=f"Out of {', '.join(PYTHIA)}.")] = "130m,370m,1.4b,2.8b",
     prompts: Annotated[str, typer.Option(help="Lengths of the prompt.")] = "128,2048",
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64,256",
     new_tokens: Annotated[int, typer.Option(help="New tokens of a timed call.", min=2)] = 64,
     against: Annotated[
-        str, typer.Option(help="Contenders; those that are not installed are named and left out.")
+        str, typer.Option(help="Peers, or none; those that are not installed are named and left out.")
     ] = ",".join(PEERS),
     rounds: Annotated[int, typer.Option(help="Timed calls of each contender.", min=1)] = 3,
     profile: Annotated[bool, typer.Option("--profile", help="Also list the kernels of a token of ours.")] = False,
@@ -74,36 +95,45 @@ def generate(
     console = table_console()
     start = time.perf_counter()
     try:
-        kinds = parse_names(models, "--models", KINDS)
+        kinds = parse_names(models, "--models", OWN_KINDS)
         chosen = parse_names(sizes, "--sizes", tuple(PYTHIA))
-        peers = parse_names(against, "--against", PEERS) if against else []
+        peers = parse_peers(against, PEERS)
         lengths, rows = parse_numbers(prompts, "--prompts"), parse_numbers(batches, "--batches")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if MAMBA_SSM in peers and not is_installed(MAMBA_SSM):
-        console.print("mamba_ssm is not installed and left out")
-        peers.remove(MAMBA_SSM)
+    if not is_installed(MAMBA_SSM):
+        if MAMBA_SSM in peers:
+            console.print("mamba_ssm is not installed and left out")
+        # then transformers has no packages anyway
+        peers = [peer for peer in peers if peer != MAMBA_SSM and (peer != BARE or NATIVE not in peers)]
     bandwidth = copy_bandwidth(device)
     record = Record(
         "generate" if device.type == "cuda" else "cpu-generate-peers",
         settings={"new_tokens": new_tokens, "rounds": rounds, "copy_bytes_per_s": bandwidth},
         commit=commit,
     )
-    for size in chosen:
-        for kind in kinds:
-            bench = Bench(kind, size, device, dtype, new_tokens, rounds, layers, console)
-            for name in (OURS, *peers):
-                if time.perf_counter() - start > seconds:
-                    record.rows.append(Row(f"{kind}-{size}", name, {}, _short(dtype), "decode", status="out of time"))
+    deadline = start + seconds
+    benches = [
+        Bench(kind, size, device, dtype, new_tokens, rounds, layers, console) for size in chosen for kind in kinds
+    ]
+    for names in ((OURS,), peers):
+        for bench in benches:
+            for name in names:
+                # one transformer stands beside all models of a size
+                alone = name == ATTENTION and bench.kind != kinds[0]
+                if alone or (bench.kind not in KINDS and name in OTHER_CLASSES):
                     continue
-                deadline = start + seconds
-                record.rows += bench.contender(name, lengths, rows, bandwidth, deadline)
-            if profile and device.type == "cuda":
+                for cells in bench.contender(name, lengths, rows, bandwidth, deadline):
+                    record.rows += cells
+                    record.save(output)
+            if profile and OURS in names and device.type == "cuda" and time.perf_counter() < deadline:
                 record.summary += [entry for batch in rows for entry in bench.kernels(lengths[0], batch)]
-            # written as it goes: whatever ends the run early loses nothing
-            record.save(output)
+                record.save(output)
+            bench.release()
+    subjects = [bench.name for bench in benches]
+    record.rows.sort(key=lambda row: subjects.index(row.subject))
     print_table(console, record)
     record.print_summary(console, "Kernels of a token")
     console.print(f"written to {record.save(output)}", soft_wrap=True)
@@ -163,9 +193,31 @@ class Bench:
         self.new_tokens, self.rounds, self.console = new_tokens, rounds, console
         self.shape = dict(SIZES[size][kind]) | ({} if layers is None else {"num_hidden_layers": layers})
         self.layers = layers
-        self.ours = self._build(lambda: CLASSES[kind].own(CLASSES[kind].own_config(**self.shape)))
-        # the first two logits of ours after each prompt, which the others have to agree with
+        self._ours: Any = None
+        # the first logits of ours after each prompt, which the others have to agree with
         self.expected: dict[tuple[int, ...], list[Tensor]] = {}
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.size}"
+
+    @property
+    def ours(self) -> Any:
+        """Our model; the same weights every time it is built."""
+        if self._ours is None:
+            classes = CLASSES[self.kind]
+            self._ours = self._build(lambda: classes.own(classes.own_config(**self.shape)))
+        return self._ours
+
+    def release(self) -> None:
+        """Give our model up until it is needed again."""
+        self._ours = None
+        self._collect()
+
+    def _collect(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _build(self, make: Callable[[], nn.Module]) -> Any:
         torch.manual_seed(0)
@@ -174,24 +226,24 @@ class Bench:
 
     def contender(
         self, name: str, lengths: list[int], batches: list[int], bandwidth: float, deadline: float
-    ) -> list[Row]:
-        """The rows of one contender; a failure, such as memory that does not suffice, is a row as well."""
-        self.console.print(f"[dim]{self.kind}-{self.size}, {name}[/]")
-        found: list[Row] = []
+    ) -> Iterator[list[Row]]:
+        """The rows of one contender, cell by cell; a failure, such as memory that does not suffice, is a row as well."""
+        self.console.print(f"[dim]{self.name}, {name}[/]")
         model = None
         try:
+            if time.perf_counter() > deadline:
+                yield [Row(self.name, name, {}, _short(self.dtype), "decode", status="out of time")]
+                return
             model, run = self._prepare(name)
-            for length in lengths:
-                for batch in batches:
-                    found += self._cells(name, run, length, batch, bandwidth, deadline)
+            for length, batch in itertools.product(lengths, batches):
+                yield self._cells(name, run, length, batch, bandwidth, deadline)
         except Exception as error:
-            status = f"failed: {type(error).__name__}: {str(error)[:120]}"
-            found.append(Row(f"{self.kind}-{self.size}", name, {}, _short(self.dtype), "decode", status=status))
+            status = "out of memory"
+            if not isinstance(error, torch.OutOfMemoryError):
+                status = f"failed: {type(error).__name__}: {str(error)[:120]}"
+            yield [Row(self.name, name, {}, _short(self.dtype), "decode", status=status)]
         del model
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return found
+        self._collect()
 
     def kernels(self, length: int, batch: int, most: int = 12) -> list[dict[str, Any]]:
         """Where the GPU spends the time of a token of ours: the longest kernels, in microseconds a token."""
@@ -213,7 +265,7 @@ class Bench:
         longest = sorted(totals.items(), key=lambda item: -item[1][0])[:most]
         return [
             {
-                "model": f"{self.kind}-{self.size}, batch {batch}",
+                "model": f"{self.name}, batch {batch}",
                 "kernel": name[:60],
                 "us a token": time_us / steps,
                 "launches a token": count / steps,
@@ -227,8 +279,10 @@ class Bench:
             return self._mamba_ssm()
         if name in (OURS, STOCK_LOOP):
             model = self.ours
-        elif name == NATIVE:
-            model = self._build(lambda: CLASSES[self.kind].native(CLASSES[self.kind].native_config(**self.shape)))
+        elif name in (NATIVE, BARE):
+            classes = CLASSES[self.kind]
+            make = classes.native if name == NATIVE else native_without_packages(self.kind)
+            model = self._build(lambda: make(classes.native_config(**self.shape)))
             model.load_state_dict(self.ours.state_dict())
         else:
             shape = PYTHIA[self.size] | ({} if self.layers is None else {"num_hidden_layers": self.layers})
@@ -252,21 +306,7 @@ class Bench:
         return model, run
 
     def _mamba_ssm(self) -> tuple[Any, Callable[..., Any]]:
-        config = importlib.import_module("mamba_ssm.models.config_mamba").MambaConfig(
-            d_model=self.shape["hidden_size"],
-            n_layer=self.shape["num_hidden_layers"],
-            vocab_size=self.shape["vocab_size"],
-            ssm_cfg={"layer": "Mamba2"} if self.kind == "mamba2" else {},
-            pad_vocab_size_multiple=8,
-            tie_embeddings=bool(self.ours.config.tie_word_embeddings),
-        )
-        classes = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
-        model = classes.MambaLMHeadModel(config, device=self.device, dtype=self.dtype)
-        weights = {
-            key.replace("backbone.embeddings.", "backbone.embedding."): value
-            for key, value in self.ours.state_dict().items()
-        }
-        model.load_state_dict(weights)
+        model = make_mamba_ssm(self.kind, self.shape, self.ours.state_dict(), self.device, self.dtype)
         model.eval()
 
         def run(ids: Tensor, count: int, logits: bool = False) -> list[Tensor]:
@@ -286,8 +326,8 @@ class Bench:
         self, name: str, run: Callable[..., Any], length: int, batch: int, bandwidth: float, deadline: float
     ) -> list[Row]:
         """Prefill and decoding for one prompt length and batch size."""
-        subject, shape = f"{self.kind}-{self.size}", {"B": batch, "L": length}
-        cells = [Row(subject, name, shape, _short(self.dtype), mode) for mode in ("prefill", "decode")]
+        shape = {"B": batch, "L": length}
+        cells = [Row(self.name, name, shape, _short(self.dtype), mode) for mode in ("prefill", "decode")]
         if time.perf_counter() > deadline:
             for row in cells:
                 row.status = "out of time"
@@ -309,7 +349,9 @@ class Bench:
             for _ in range(self.rounds):
                 first.append(self._clock(lambda: run(ids, 1)))
                 whole.append(self._clock(lambda: run(ids, self.new_tokens)))
-        except torch.cuda.OutOfMemoryError:
+                if time.perf_counter() > deadline:
+                    break
+        except torch.OutOfMemoryError:
             for row in cells:
                 row.status = "out of memory"
             return cells
@@ -331,11 +373,14 @@ class Bench:
             return None
         logits = run(ids, 2, logits=True)
         key = tuple(ids.shape)
-        if name == OURS:
-            self.expected[key] = logits
-            return None
         # the second token of a batch may differ where two logits are nearly equal
-        return disagreement(logits[:1], self.expected[key][:1])
+        first = [logits[0].float().cpu()]
+        if name == OURS:
+            self.expected[key] = first
+            return None
+        if key not in self.expected:
+            raise RuntimeError("ours has no logits to compare with")
+        return disagreement(first, self.expected[key])
 
     def _clock(self, run: Callable[[], Any]) -> float:
         synchronize(self.device)
@@ -347,6 +392,11 @@ class Bench:
     def _floor_bytes(self, batch: int) -> int:
         model = self.ours
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        for module in model.modules():
+            if isinstance(module, StackedExperts):
+                chosen = min(module.num_experts, batch * module.config.num_experts_per_tok)
+                left = 1 - chosen / module.num_experts
+                weights -= int(left * sum(p.numel() * p.element_size() for p in module.parameters(recurse=False)))
         if not model.config.tie_word_embeddings:
             embedding = model.get_input_embeddings().weight
             weights -= embedding.numel() * embedding.element_size()

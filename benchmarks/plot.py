@@ -1,4 +1,4 @@
-"""Time against length, drawn from a record of `python -m benchmarks ops --lengths …`."""
+"""Time against length, drawn from a record of `python -m benchmarks ops --lengths …` or `generate --prompts …`."""
 
 import importlib
 import json
@@ -41,7 +41,8 @@ def plot(
     curves = curves_of(content)
     if not curves:
         raise typer.BadParameter(
-            f"{record} has no op at two lengths; measure with python -m benchmarks ops --lengths 512,2048,8192"
+            f"{record} has nothing at two lengths; measure with python -m benchmarks ops --lengths 512,2048,8192 or "
+            "python -m benchmarks generate --prompts 512,2048,8192"
         )
     columns = min(2, len(curves))
     lines = -(-len(curves) // columns)
@@ -55,8 +56,8 @@ def plot(
         axes.set_title(f"{subject}, {mode}", fontsize=9)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel("L")
-        axes.set_ylabel("ms")
+        axes.set_xlabel("tokens of context" if mode == "decode" else "L")
+        axes.set_ylabel("ms a token" if mode == "decode" else "ms")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     path = output or record.with_suffix(".png")

@@ -123,6 +123,63 @@ def test_cpu_generate_writes_a_record(tmp_path: Path) -> None:
     assert [row["runs"] for row in decode] == [3, 3]
 
 
+GENERATE = ["generate", "--sizes", "130m", "--layers", "1", "--batches", "1", "--new-tokens", "3", "--rounds", "1"]
+
+
+def test_generate_measures_ours_first_and_all_against_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.__main__ import app
+
+    arguments = [*GENERATE, "--prompts", "8,12", "--against", "stock-loop,transformers,attention", "--models", "mamba"]
+    output, record = run(tmp_path, *arguments)
+    rows = [row for row in record["rows"] if row["mode"] == "decode"]
+    assert [(row["contender"], row["shape"]["L"]) for row in rows] == [
+        (name, length) for name in ("hf_mamba", "stock-loop", "transformers", "attention") for length in (8, 12)
+    ]
+    for row in record["rows"]:
+        assert row["status"] == "measured", row
+        assert row["error"] is None if row["contender"] in ("hf_mamba", "attention") else row["error"] < 1e-3
+    assert "mamba-130m" in output
+    result = CliRunner().invoke(app, ["plot", str(tmp_path / "record.json")])
+    assert result.exit_code == 0, result.output
+
+
+def test_generate_builds_moe_mamba_and_takes_no_peers(tmp_path: Path) -> None:
+    arguments = ["--prompts", "8", "--against", "none", "--models", "moe_mamba"]
+    _, record = run(tmp_path, *[part if part != "1" else "2" for part in GENERATE], *arguments)
+    assert {(row["contender"], row["status"]) for row in record["rows"]} == {("hf_mamba", "measured")}
+    (decode,) = [row for row in record["rows"] if row["mode"] == "decode"]
+    # of the 8 experts of the layer, the two that two rows can choose: fp32, and a head that is tied
+    read = 4 * (50280 * 768 + 2 * 2 * 768 * 3 * 768)
+    floor_bytes = decode["floor_ms"] / 1000 * record["settings"]["copy_bytes_per_s"]
+    assert read < floor_bytes < 1.2 * read
+
+
+def test_generate_says_what_there_was_no_time_for(tmp_path: Path) -> None:
+    _, record = run(tmp_path, *GENERATE, "--models", "mamba2", "--against", "stock-loop", "--seconds", "0")
+    assert [row["status"] for row in record["rows"]] == ["out of time"] * 2
+
+
+def test_generate_keeps_what_was_measured_before_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is interrupted at its second prompt has the first on the disk."""
+    from benchmarks.__main__ import app
+
+    module = importlib.import_module("benchmarks.generate")
+    measured = module.Bench._cells
+
+    def interrupted(self, name, run, length, *rest):
+        if length == 12:
+            raise KeyboardInterrupt
+        return measured(self, name, run, length, *rest)
+
+    monkeypatch.setattr(module.Bench, "_cells", interrupted)
+    path = tmp_path / "record.json"
+    arguments = [*GENERATE, "--prompts", "8,12", "--models", "mamba", "--against", "none", "--out", str(path)]
+    assert CliRunner().invoke(app, arguments).exit_code != 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["mode"], row["status"]) for row in rows] == [("prefill", "measured"), ("decode", "measured")]
+
+
 def toy_rows() -> list[Any]:
     """Every op at a size for a CPU; targets make a column."""
     rows = pytest.importorskip("benchmarks.op_rows")
@@ -248,11 +305,12 @@ def test_curves_need_two_lengths() -> None:
         (["cpu-training", "--models", "gpt2"], "--models"),
         (["cpu-training", "--lengths", "128,x"], "--lengths"),
         (["cpu-generate", "--prompts", "0"], "--prompts"),
+        (["generate", "--against", "jax"], "--against"),
         (["ops", "--op", "scan"], "--op"),
         (["ops", "--against", "jax"], "--against"),
         (["ops", "--rows", "L7"], "--rows"),
     ],
-    ids=["models", "lengths", "prompts", "ops", "contenders", "rows"],
+    ids=["models", "lengths", "prompts", "peers", "ops", "contenders", "rows"],
 )
 def test_bad_options_are_refused(arguments: list[str], part: str) -> None:
     from benchmarks.__main__ import app
