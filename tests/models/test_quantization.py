@@ -50,26 +50,31 @@ METHODS = {
 }
 
 
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("method", METHODS)
-def test_quantised_model(kind: str, method: str, tmp_path) -> None:
+def test_quantised_model(kind: str, method: str, device: str, tmp_path) -> None:
     make_config, tolerance = METHODS[method]
     config = make_config()
     model = make_model(kind, tie_word_embeddings=False, **SIZES[kind])
     model.save_pretrained(tmp_path)
     quantised = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        tmp_path, quantization_config=config, dtype=torch.bfloat16, device_map=device
     )
     projections = [m for name, m in quantised.named_modules() if name.endswith(("in_proj", "x_proj", "out_proj"))]
     assert projections and all(type(p.weight) is not nn.Parameter for p in projections)
     kept = {p.dtype for name, p in quantised.named_parameters() if name.endswith(("A_log", ".D", "dt_bias"))}
     assert kept == {torch.float32}
 
+    ids = IDS.to(device)
     with torch.no_grad():
-        logits, expected = quantised(IDS).logits, model(IDS).logits
+        logits, expected = quantised(ids).logits.cpu(), model(IDS).logits
     assert (logits - expected).norm() <= tolerance * expected.norm()
     generated = quantised.generate(
-        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False, eos_token_id=None
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None
     )
     assert generated.shape == (2, 21)
 
@@ -79,7 +84,7 @@ def test_quantised_model(kind: str, method: str, tmp_path) -> None:
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(3):
-        loss = adapted(input_ids=IDS, labels=IDS, skip_logits=True).loss
+        loss = adapted(input_ids=ids, labels=ids, skip_logits=True).loss
         loss.backward()
         for name, parameter in adapted.named_parameters():
             assert not name.endswith("lora_B.default.weight") or parameter.grad.abs().max() > 0, name
