@@ -9,14 +9,25 @@ variable-length functions take them: `[0, len_0, len_0 + len_1, …, L]`. Sequen
 its own initial and final state.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .checks import check_dtype, check_shape, check_tensor
 
-__all__ = ["check_packing", "cu_seqlens_to_seq_idx", "resets_and_valid", "segments_and_valid"]
+__all__ = [
+    "check_packing",
+    "cu_seqlens_to_seq_idx",
+    "remember_while_captured",
+    "remembered",
+    "resets_and_valid",
+    "segments_and_valid",
+]
+
+T = TypeVar("T")
 
 INTEGER_DTYPES = (torch.int32, torch.int64)
 
@@ -50,6 +61,34 @@ def check_packing(op: str, batch: int, length: int, seq_idx: Tensor | None, cu_s
                 f"{op}: `cu_seqlens` must rise from 0 to the length {length} without decreasing, got {values}."
             )
     return cu_seqlens.numel() - 1
+
+
+def remembered(packing: Tensor, name: str, make: Callable[[], T]) -> T:
+    """`make()`, kept on the tensor `packing`, which all layers of a model get, until its values change.
+
+    While a CUDA graph is captured that is so for tensors given to `remember_while_captured` only: what was made before
+    would not change when the graph is replayed.
+    """
+    if torch.compiler.is_compiling() or packing.is_inference():
+        return make()
+    if packing.is_cuda and torch.cuda.is_current_stream_capturing():
+        made = getattr(packing, "_mamba_kernels_captured", None)
+        if made is None:
+            return make()
+    else:
+        version, made = getattr(packing, "_mamba_kernels_made", (None, {}))
+        if version != packing._version:
+            made = {}
+            packing._mamba_kernels_made = (packing._version, made)  # type: ignore[attr-defined]
+    if name not in made:
+        made[name] = make()
+    return made[name]
+
+
+def remember_while_captured(packing: Tensor) -> Tensor:
+    """Mark a tensor that was made within the CUDA graph now being captured, and is used in no other, for `remembered`."""
+    packing._mamba_kernels_captured = {}  # type: ignore[attr-defined]
+    return packing
 
 
 def cu_seqlens_to_seq_idx(cu_seqlens: Tensor, length: int) -> Tensor:

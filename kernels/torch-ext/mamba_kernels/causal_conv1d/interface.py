@@ -5,12 +5,57 @@ from torch import Tensor
 from ..checks import check_activation, check_dtype, check_same_device, check_shape, check_tensor
 from ..dispatch import on_device, select
 from ..packing import check_packing
+from ..signatures import once_per_signature
 from .eager import causal_conv1d_eager
 from .reference import causal_conv1d_ref
 
 __all__ = ["causal_conv1d"]
 
 OP = "causal_conv1d"
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    for name, value in (("x", x), ("weight", weight)):
+        check_tensor(OP, name, value)
+        check_dtype(OP, name, value)
+    check_shape(OP, "x", x, (None, None, None), "(B, L, D)")
+    batch, length, width = x.shape
+    check_shape(OP, "weight", weight, (width, None), "(D, W)")
+    taps = weight.shape[1]
+    if taps < 1:
+        raise ValueError(f"{OP}: `weight` must have at least one tap, got shape {tuple(weight.shape)}.")
+    if bias is not None:
+        check_tensor(OP, "bias", bias)
+        check_dtype(OP, "bias", bias)
+        check_shape(OP, "bias", bias, (width,), "(D,)")
+    check_activation(OP, activation)
+    n_states = check_packing(OP, batch, length, seq_idx, cu_seqlens)
+    if initial_states is not None:
+        check_tensor(OP, "initial_states", initial_states)
+        check_dtype(OP, "initial_states", initial_states)
+        legend = "(B, D, W - 1)" if cu_seqlens is None else "(n, D, W - 1)"
+        check_shape(OP, "initial_states", initial_states, (n_states, width, taps - 1), legend)
+    check_same_device(
+        OP,
+        ("x", x),
+        weight=weight,
+        bias=bias,
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+# of `cu_seqlens` values are checked too
+_check_once = once_per_signature(_check)
 
 
 def causal_conv1d(
@@ -58,35 +103,8 @@ def causal_conv1d(
         >>> print(y[0].tolist(), state[0].tolist())
         [[0.0, 1.0], [2.0, 4.0], [6.0, 8.0]] [[4.0], [5.0]]
     """
-    for name, value in (("x", x), ("weight", weight)):
-        check_tensor(OP, name, value)
-        check_dtype(OP, name, value)
-    check_shape(OP, "x", x, (None, None, None), "(B, L, D)")
-    batch, length, width = x.shape
-    check_shape(OP, "weight", weight, (width, None), "(D, W)")
-    taps = weight.shape[1]
-    if taps < 1:
-        raise ValueError(f"{OP}: `weight` must have at least one tap, got shape {tuple(weight.shape)}.")
-    if bias is not None:
-        check_tensor(OP, "bias", bias)
-        check_dtype(OP, "bias", bias)
-        check_shape(OP, "bias", bias, (width,), "(D,)")
-    check_activation(OP, activation)
-    n_states = check_packing(OP, batch, length, seq_idx, cu_seqlens)
-    if initial_states is not None:
-        check_tensor(OP, "initial_states", initial_states)
-        check_dtype(OP, "initial_states", initial_states)
-        legend = "(B, D, W - 1)" if cu_seqlens is None else "(n, D, W - 1)"
-        check_shape(OP, "initial_states", initial_states, (n_states, width, taps - 1), legend)
-    check_same_device(
-        OP,
-        ("x", x),
-        weight=weight,
-        bias=bias,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        cu_seqlens=cu_seqlens,
-    )
+    check = _check_once if cu_seqlens is None else _check
+    check(x, weight, bias, activation, initial_states, seq_idx, cu_seqlens)
     name = select(OP, x.device)
     if name == "triton":
         from .triton_conv import causal_conv1d_triton as run

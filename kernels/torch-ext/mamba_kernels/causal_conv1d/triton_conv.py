@@ -8,7 +8,7 @@ from torch import Tensor
 from ..autograd import first_order_only
 from ..dispatch import left_to_eager
 from ..launch import launch
-from ..packing import cu_seqlens_to_seq_idx, segments_and_valid
+from ..packing import cu_seqlens_to_seq_idx, remembered, segments_and_valid
 from ..reduction import sum_partials
 from .eager import causal_conv1d_eager
 from .triton_backward import BACKWARD, conv_bwd_kernel, conv_initial_gradient_kernel
@@ -30,14 +30,19 @@ def layout_of(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> L
     """The kernels' view of `seq_idx` or `cu_seqlens`."""
     length = x.shape[1]
     if cu_seqlens is not None:
-        return Layout(cu_seqlens_to_seq_idx(cu_seqlens, length), cu_seqlens.contiguous(), None)
+        numbers = remembered(cu_seqlens, f"numbers {length}", lambda: cu_seqlens_to_seq_idx(cu_seqlens, length))
+        return Layout(numbers, cu_seqlens.contiguous(), None)
     if seq_idx is None:
         return Layout(None, None, None)
+    return remembered(seq_idx, "convolution", lambda: _marks_of(seq_idx))
+
+
+def _marks_of(seq_idx: Tensor) -> Layout:
     segments, valid = segments_and_valid(seq_idx)
     if valid is None:
         valid = torch.ones_like(seq_idx, dtype=torch.bool)
     marks = segments.to(torch.int32) * 2 + valid.to(torch.int32)
-    positions = torch.arange(1, length + 1, device=x.device, dtype=torch.int32)
+    positions = torch.arange(1, seq_idx.shape[1] + 1, device=seq_idx.device, dtype=torch.int32)
     return Layout(marks, None, torch.where(valid, positions, 0).amax(1))
 
 

@@ -5,27 +5,31 @@ from torch import Tensor
 
 from ..checks import FLOAT_DTYPES, check_dtype, check_same_device, check_shape, check_tensor
 from ..dispatch import on_device, select
+from ..signatures import once_per_signature
 from .eager import add_rms_norm_eager, rms_norm_eager, rms_norm_gated_eager
 from .reference import add_rms_norm_ref, rms_norm_gated_ref, rms_norm_ref
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_gated"]
 
 
-def _check_input(op: str, x: Tensor, weight: Tensor | None, **same_shape: Tensor | None) -> None:
+@once_per_signature
+def _check_input(
+    op: str, x: Tensor, weight: Tensor | None, second: str = "second", operand: Tensor | None = None
+) -> None:
+    """`operand`, called `second`, has the shape of x."""
     check_tensor(op, "x", x)
     check_dtype(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: `x` must have at least one dimension, got a scalar.")
-    for name, value in same_shape.items():
-        if value is not None:
-            check_tensor(op, name, value)
-            check_dtype(op, name, value)
-            check_shape(op, name, value, tuple(x.shape), "the shape of `x`")
+    if operand is not None:
+        check_tensor(op, second, operand)
+        check_dtype(op, second, operand)
+        check_shape(op, second, operand, tuple(x.shape), "the shape of `x`")
     if weight is not None:
         check_tensor(op, "weight", weight)
         check_dtype(op, "weight", weight)
         check_shape(op, "weight", weight, (x.shape[-1],), "(D,)")
-    check_same_device(op, ("x", x), weight=weight, **same_shape)
+    check_same_device(op, ("x", x), weight=weight, **{second: operand})
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -97,7 +101,7 @@ def add_rms_norm(
         >>> print(y.dtype, residual.dtype, residual[0, 0, 0].item())
         torch.bfloat16 torch.float32 2.0
     """
-    _check_input("add_rms_norm", x, weight, residual=residual)
+    _check_input("add_rms_norm", x, weight, "residual", residual)
     if residual_dtype is not None and residual_dtype not in FLOAT_DTYPES:
         raise TypeError(f"add_rms_norm: `residual_dtype` must be a floating dtype, got {residual_dtype}.")
     if residual_dtype is None:
@@ -148,7 +152,7 @@ def rms_norm_gated(
         >>> print(y.shape)
         torch.Size([2, 5, 8])
     """
-    _check_input("rms_norm_gated", x, weight, z=z)
+    _check_input("rms_norm_gated", x, weight, "z", z)
     width = x.shape[-1]
     if group_size is None:
         group_size = max(width, 1)

@@ -40,6 +40,7 @@ class AddRMSNormTritonFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, total_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         extra_is = "nothing" if residual is None else "residual"
+        ctx.set_materialize_grads(False)
         y, total = norm_forward(x, residual, weight, eps, x.shape[-1], extra_is, total_dtype)
         ctx.save_for_backward(total, weight)
         ctx.eps, ctx.x_dtype, ctx.residual_dtype = eps, x.dtype, None if residual is None else residual.dtype
@@ -47,13 +48,19 @@ class AddRMSNormTritonFunction(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("add_rms_norm")
-    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight = ctx.saved_tensors
+        if dy is None:
+            # only the sum was used
+            dx = None if dtotal is None else dtotal.to(ctx.x_dtype)
+            dresidual = None if dtotal is None or ctx.residual_dtype is None else dtotal.to(ctx.residual_dtype)
+            return dx, dresidual, None, None, None
         width, wants_dweight = total.shape[-1], ctx.needs_input_grad[2]
         # one gradient serves both operands if they have the same dtype
         second = None if ctx.residual_dtype == ctx.x_dtype else ctx.residual_dtype
+        extra_is = "nothing" if dtotal is None else "residual"
         dx, dresidual, dweight = norm_backward(
-            dy, total, dtotal, weight, ctx.eps, width, "residual", wants_dweight, ctx.x_dtype, second
+            dy, total, dtotal, weight, ctx.eps, width, extra_is, wants_dweight, ctx.x_dtype, second
         )
         return dx, None if ctx.residual_dtype is None else dresidual, dweight, None, None
 

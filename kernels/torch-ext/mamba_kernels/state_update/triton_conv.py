@@ -103,7 +103,7 @@ def causal_conv1d_update_triton(
     if x.stride(-1) != 1:
         x = x.contiguous()
     batch, tokens, channels = x.shape[0], 1 if single else x.shape[1], x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch(
         _conv_update_kernel,
         (batch * -(-channels // BLOCK),),

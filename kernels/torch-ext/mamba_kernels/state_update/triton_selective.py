@@ -215,7 +215,7 @@ def selective_state_update_triton(
     x, dt, B, C = dense(x, 1), dense(dt, 1), dense(B, 1 + grouped), dense(C, 1 + grouped)
     has_z = z is not None
     z = x if z is None else dense(z, 1)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     step_states = y
     if return_step_states:
         step_states = torch.empty((*x.shape, size), dtype=state.dtype, device=x.device)

@@ -213,7 +213,7 @@ def ssd_state_update_triton(
     x, dt, B, C = dense(x, 2), dense(dt, 1), dense(B, 2), dense(C, 2)
     has_z = z is not None
     z = x if z is None else dense(z, 2)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     step_states = y
     if return_step_states:
         step_states = torch.empty((*x.shape, size), dtype=state.dtype, device=x.device)
