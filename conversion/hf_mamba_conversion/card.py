@@ -13,11 +13,14 @@ TEMPLATE = Path(__file__).with_name("converted.md.jinja")
 NATIVE_TYPES = ("mamba", "mamba2", "falcon_mamba")
 
 
-def write_card(folder: Path, report: ConversionReport, name: str, push_to: str | None) -> None:
+def write_card(
+    folder: Path, report: ConversionReport, name: str, push_to: str | None, license: str | None = None
+) -> None:
     """Write `README.md` into `folder`.
 
     Args:
         name: heading of the card.
+        license: one of the Hub's identifiers, or None where it is not known.
         push_to: the repository that the folder goes to, which the example then loads; None: a local folder.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -26,11 +29,12 @@ def write_card(folder: Path, report: ConversionReport, name: str, push_to: str |
 
     local = Path(report.source).expanduser()
     data = ModelCardData(
+        license=license,
         library_name="transformers" if report.to == "hf" else "mamba-ssm",
         pipeline_tag="text-generation",
         # a folder on somebody's disk is no one else's base model
         base_model=None if local.exists() else report.source,
-        tags=["mamba", "hf-mamba", "converted"],
+        tags=["hf_mamba", report.config.model_type, "mamba", "state-space-model", "converted"],
     )
     card = ModelCard.from_template(
         data,

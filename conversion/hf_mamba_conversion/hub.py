@@ -1,4 +1,4 @@
-"""The Hub: downloading a source, uploading a finished folder."""
+"""The Hub: downloading a source; uploading a finished folder, the way `hf-mamba push` does."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +38,15 @@ def download(repo_id: str, revision: str | None, choose: Callable[[list[str]], l
         raise _not_on_hub(repo_id, error) from error
 
 
-def check_repository(repo_id: str) -> None:
-    """Check, before any work is done, that the name is one and that somebody is logged in.
+def check_repository(repo_id: str, source: str, license: str | None) -> str:
+    """Check, before any work is done, that the name is one, that somebody is logged in, and that a licence is known.
+
+    Args:
+        source: the checkpoint; the card beside it, or of its repository, may state the licence.
+        license: the licence; that of the source's card or else of the target's if None.
+
+    Returns:
+        The licence.
 
     Raises:
         ConversionError: otherwise.
@@ -59,28 +66,59 @@ def check_repository(repo_id: str) -> None:
             f"cannot push to {repo_id!r}, as the Hub does not know you: {_first_line(error)}. Run `hf auth login`, or set "
             "HF_TOKEN."
         ) from error
+    return _licence(repo_id, source, license)
 
 
-def push(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload `folder` as one commit, into a new repository if there is none; the repository's address.
+def _licence(repo_id: str, source: str, given: str | None) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    from hf_mamba.integrations.card_rules import validate_card
+    from hf_mamba.integrations.hub import stated_licence
+
+    place = Path(source).expanduser()
+    origin = str(place.parent) if place.is_file() else str(place) if place.is_dir() else source
+    try:
+        licence = given or stated_licence(origin) or stated_licence(repo_id)
+        if licence is None:
+            raise ConversionError(
+                f"cannot push to {repo_id!r} without a licence, and no card states that of {source}: name it with `license` or "
+                "`--license`, such as apache-2.0."
+            )
+        data = ModelCardData(license=licence, library_name="transformers", pipeline_tag="text-generation")
+        validate_card(ModelCard(f"---\n{data.to_yaml()}\n---\n"))
+    except ConversionError:
+        raise
+    except (
+        Exception
+    ) as error:  # every version of huggingface_hub has another HTTP client, with its own connection errors
+        raise ConversionError(f"cannot push to {repo_id!r}: {_first_line(error)}.") from error
+    return licence
+
+
+def push(folder: Path, repo_id: str, private: bool, license: str) -> str:
+    """Upload `folder` as one commit, checked first, into a new repository if there is none; the commit's address.
 
     Raises:
         ConversionError: the upload failed; the folder stays.
     """
-    from huggingface_hub import HfApi
+    from hf_mamba.integrations.cards import CardFacts
+    from hf_mamba.integrations.hub import push_folder
 
-    api = HfApi()
     try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Upload a checkpoint converted by hf_mamba"
+        commit = push_folder(
+            folder,
+            repo_id,
+            facts=CardFacts(license=license),
+            # False would make a repository public where an organisation's default is private
+            private=private or None,
+            commit_message="Upload a checkpoint converted by hf_mamba",
         )
     except Exception as error:  # every version of huggingface_hub has another HTTP client, with its own errors
         raise ConversionError(
             f"the conversion is complete in {folder}, but uploading it to {repo_id!r} failed: {_first_line(error)}. Try again "
-            f"with `hf upload {repo_id} {folder}`."
+            f"with `hf-mamba push {folder} {repo_id}`."
         ) from error
-    return str(url)
+    return str(commit.commit_url)
 
 
 def _not_on_hub(repo_id: str, error: Exception) -> ConversionError:

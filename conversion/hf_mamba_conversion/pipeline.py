@@ -46,6 +46,7 @@ def convert(
     dry_run: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
+    license: str | None = None,
     revision: str | None = None,
     options: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -66,7 +67,9 @@ def convert(
         tokenizer: a folder, a file or a Hub id whose tokenizer goes into `dest`; by default the one beside the weights.
         verify: compare the result's logits with an independent forward of the source; differing results are not kept.
         dry_run: stop after all checks that need no weights. A source on the Hub is downloaded into the cache all the same.
-        push_to_hub: upload the finished folder to this repository; `private` makes a new one private.
+        push_to_hub: upload the finished folder to this repository, checked as `hf-mamba push` does; `private` makes a new one
+            private. Only with to="hf": mamba_ssm's format is a pickle.
+        license: for the card, one of the Hub's identifiers; by default that of the source's card. An upload needs one.
         revision: branch, tag or commit, if `source` is on the Hub.
         options: choices that a format leaves open, by name (see `Format.options`).
         progress: is told of stages and bytes.
@@ -86,7 +89,7 @@ def convert(
     _check_arguments(to, destination, max_shard_size, dry_run, push_to_hub, private)
     shard_size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
     if push_to_hub is not None and not dry_run:
-        check_repository(push_to_hub)
+        license = check_repository(push_to_hub, str(source), license)
 
     progress.stage("Opening")
     with CheckpointSource(source, revision=revision) as opened:
@@ -110,6 +113,7 @@ def convert(
             verify=verify,
             push_to_hub=push_to_hub,
             private=private,
+            license=license,
             options=options or {},
         )
         progress.planned(report)
@@ -120,12 +124,12 @@ def convert(
             job.write(folder, report, files, required=tokenizer is not None, check=verify)
             progress.stage("Writing the model card")
             name = (push_to_hub or destination.absolute().name).split("/")[-1]
-            write_card(folder, report, name, push_to_hub)
+            write_card(folder, report, name, push_to_hub, license)
             progress.stage("Putting the folder in place")
         report.destination = destination
     if push_to_hub is not None:
         progress.stage("Uploading")
-        report.url = push(destination, push_to_hub, private)
+        report.url = push(destination, push_to_hub, private, str(license))
     return report
 
 
@@ -289,12 +293,20 @@ def _check_arguments(
         raise ConversionError("`max_shard_size` has no meaning with to='mamba_ssm': mamba_ssm loads a single file.")
     if dest is None and not dry_run:
         raise ConversionError("`dest` is missing: give the folder to be made, or ask for a dry run.")
+    if to == "mamba_ssm" and push_to_hub is not None:
+        raise ConversionError(
+            "`push_to_hub` uploads safetensors only, and mamba_ssm's format is a pickle: convert to 'hf', or upload the folder "
+            "yourself with `hf upload`."
+        )
     if private and push_to_hub is None:
         raise ConversionError("`private` has a meaning only together with `push_to_hub`.")
 
 
 def _command(source: str | Path, dest: str | Path | None, options: Mapping[str, str], **arguments: Any) -> str:
-    words = ["hf-mamba", "convert", str(source), *([] if dest is None else [str(dest)])]
+    """The command as it goes into the card: of paths of this machine the last part only."""
+    words = ["hf-mamba", "convert", _name(source), *([] if dest is None else [_name(dest)])]
+    if arguments.get("tokenizer") is not None:
+        arguments["tokenizer"] = _name(arguments["tokenizer"])
     defaults = {"to": "hf"}
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
@@ -305,3 +317,9 @@ def _command(source: str | Path, dest: str | Path | None, options: Mapping[str, 
     for name, choice in options.items():
         words += ["--option", f"{name}={choice}"]
     return shlex.join(words)
+
+
+def _name(place: str | Path) -> str:
+    """A path without the folders that it lies in; an id on the Hub as it is."""
+    path = Path(place).expanduser()
+    return path.name if path.is_absolute() or path.exists() else str(place)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from hf_mamba.cli.card import LICENSE_HELP
 from hf_mamba.cli.console import fail, report_console, result_console
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def convert(
         str | None, typer.Option(metavar="REPO", help="Upload the finished folder to this repository.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help=f"{LICENSE_HELP} An upload needs it; that of the source's card when left out.")
+    ] = None,
 ) -> None:
     """Convert SOURCE into the new folder DEST, which from_pretrained loads; the source is never changed.
 
@@ -134,6 +138,7 @@ def convert(
                 dry_run=dry_run,
                 push_to_hub=push_to_hub,
                 private=private,
+                license=license,
                 revision=revision,
                 options=options,
                 progress=listener,
@@ -144,7 +149,9 @@ def convert(
         fail(f"{error}. Nothing was written.")
     except KeyboardInterrupt:
         if listener.title == UPLOADING:
-            fail(f"interrupted while uploading; {dest} is complete. Upload it with `hf upload {push_to_hub} {dest}`.")
+            fail(
+                f"interrupted while uploading; {dest} is complete. Upload it with `hf-mamba push {dest} {push_to_hub}`."
+            )
         fail("interrupted; nothing was written.")
     finally:
         signal.signal(signal.SIGTERM, previous)

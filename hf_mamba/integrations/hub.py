@@ -39,6 +39,7 @@ __all__ = [
     "publishable_files",
     "push_folder",
     "push_model",
+    "stated_licence",
 ]
 
 T = TypeVar("T")
@@ -183,7 +184,7 @@ def push_folder(
         _fill_in_task(card, folder)
     fill_metadata(card, facts)
     if facts_of_card(card).license is None and origin is not None:
-        fill_metadata(card, CardFacts(license=_licence_of(origin, token)))
+        fill_metadata(card, CardFacts(license=stated_licence(origin, token)))
     validate_card(card)
     files[CARD] = str(card).encode()
     check_private(files)
@@ -329,7 +330,7 @@ def _fill_in_task(card: ModelCard, folder: Path) -> None:
     data.library_name = data.library_name or made.library_name
 
 
-def _licence_of(origin: str, token: str | bool | None) -> str | None:
+def stated_licence(origin: str, token: str | bool | None = None) -> str | None:
     """The licence that the card of a folder or repository states, if it states one."""
     if Path(origin).is_dir():
         card = read_card(Path(origin) / CARD) if (Path(origin) / CARD).is_file() else None

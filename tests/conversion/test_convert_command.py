@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -20,7 +21,7 @@ from hf_mamba.cli.main import app
 from hf_mamba_conversion import pipeline
 from hf_mamba_conversion.writer import SafetensorsWriter
 
-from ..loopback_hub import Hub, serve
+from ..loopback_hub import Fault, Hub, serve
 from .checkpoints import mamba_ssm_config, mamba_ssm_tensors, write_bin, write_shards
 
 CONFIG = mamba_ssm_config("Mamba2")
@@ -167,7 +168,7 @@ def test_an_interruption_says_what_is_left(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, function, interrupt)
-    monkeypatch.setattr(pipeline, "check_repository", lambda name: None)
+    monkeypatch.setattr(pipeline, "check_repository", lambda *arguments: "mit")
     outcome = run(source, tmp_path / "result", "--verify", "--push-to-hub", "me/mine")
     assert outcome.exit_code == 1 and words in " ".join(outcome.stderr.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "source"]
@@ -233,22 +234,81 @@ def test_a_repository_is_read_from_the_hub(terminal: Terminal, tmp_path: Path) -
 
 def test_the_result_is_pushed(terminal: Terminal, source: Path, tmp_path: Path) -> None:
     hub = terminal.hub
-    code, output, errors = terminal.run(source, tmp_path / "result", "--push-to-hub", "me/mine", "--private")
+    arguments = (source, tmp_path / "result", "--push-to-hub", "me/mine", "--private", "--license", "mit")
+    code, output, errors = terminal.run(*arguments)
     assert code == 0, errors
-    assert f"Uploaded to {hub.endpoint}/me/mine" in output
+    assert f"Uploaded to {hub.endpoint}/me/mine/commit/" in output
     uploaded = hub.repositories["me/mine"]
     written = {file.name: file.read_bytes() for file in (tmp_path / "result").iterdir()}
     assert {name: uploaded[name] for name in written} == written and hub.private == {"me/mine"}
     assert b'from_pretrained("me/mine")' in uploaded["README.md"]
     assert json.loads(uploaded["config.json"])["model_type"] == "mamba2"
+    card = ModelCard(uploaded["README.md"].decode())
+    assert card.data.license == "mit" and {"hf_mamba", "mamba2", "converted"} <= set(card.data.tags)
+    # the command in the card says nothing of this machine's folders
+    assert str(tmp_path) not in card.content and "hf-mamba convert source result" in card.content
 
 
-def test_a_failing_upload_keeps_the_folder_and_says_so(
-    terminal: Terminal, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_experts_are_pushed_with_their_shim_and_replace_what_was_there(terminal: Terminal, tmp_path: Path) -> None:
+    """As `hf-mamba push` does: one commit, with what trust_remote_code needs, and no weights of an earlier upload left."""
+    hub = terminal.hub
+    hub.repositories["me/experts"] = {
+        "README.md": b"---\nlicense: mit\n---\n",
+        "model-00001-of-00002.safetensors": b"old",
+        "model.safetensors.index.json": b"{}",
+        "notes.md": b"mine",
+    }
+    checkpoint = Path(__file__).parents[1] / "fixtures" / "llmrandom_moe_mamba_current.ckpt.pt"
+    # the licence is that of the card in the repository
+    code, _, errors = terminal.run(checkpoint, tmp_path / "result", "--push-to-hub", "me/experts")
+    assert code == 0, errors
+    uploaded = hub.repositories["me/experts"]
+    assert set(uploaded) == {
+        *(file.name for file in (tmp_path / "result").iterdir()),
+        "modeling_hf_mamba.py",
+        "notes.md",
+    }
+    assert json.loads(uploaded["config.json"])["auto_map"]["AutoModelForCausalLM"].endswith("MoeMambaForCausalLM")
+    assert b"from hf_mamba import" in uploaded["modeling_hf_mamba.py"]
+    assert ModelCard(uploaded["README.md"].decode()).data.license == "mit"
+
+
+def test_the_licence_of_the_sources_card_goes_with_it(terminal: Terminal, source: Path, tmp_path: Path) -> None:
+    hub = terminal.hub
+    hub.repositories["someone/licensed"] = {file.name: file.read_bytes() for file in source.iterdir()} | {
+        "README.md": b"---\nlicense: bsd-3-clause\n---\n# Theirs\n"
+    }
+    code, _, errors = terminal.run("someone/licensed", tmp_path / "result", "--push-to-hub", "me/licensed")
+    assert code == 0, errors
+    data = ModelCard(hub.repositories["me/licensed"]["README.md"].decode()).data
+    assert (data.license, data.base_model) == ("bsd-3-clause", "someone/licensed")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "without a licence"),
+        (("--license", "made-up"), "made-up"),
+        (("--license", "mit", "--to", "mamba_ssm"), "uploads safetensors only"),
+    ],
+    ids=["none", "unknown", "pickle"],
+)
+def test_what_cannot_be_pushed_is_refused_before_any_work(
+    options: tuple[str, ...], words: str, terminal: Terminal, source: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(terminal.hub, "broken", True)
-    code, _, errors = terminal.run(source, tmp_path / "result", "--push-to-hub", "me/broken")
-    assert code == 1 and "the conversion is complete" in errors and "hf upload me/broken" in errors
+    code, _, errors = terminal.run(source, tmp_path / "result", "--push-to-hub", "me/refused", *options)
+    assert code == 1 and words in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert "me/refused" not in terminal.hub.repositories
+
+
+def test_a_failing_upload_keeps_the_folder_and_says_so(terminal: Terminal, source: Path, tmp_path: Path) -> None:
+    # as when the token may not write there; an overloaded Hub is asked again and again
+    terminal.hub.faults.append(Fault("POST", "/api/models/me/broken/commit", status=403))
+    arguments = (source, tmp_path / "result", "--push-to-hub", "me/broken", "--license", "mit")
+    code, _, errors = terminal.run(*arguments)
+    assert code == 1 and "the conversion is complete" in errors
+    assert f"hf-mamba push {tmp_path / 'result'} me/broken" in errors
     assert (tmp_path / "result" / "model.safetensors").is_file()
 
 
