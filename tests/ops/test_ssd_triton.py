@@ -47,6 +47,7 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "large-steps": {"scale": 20.0},
     "fp16": {"dtype": FP16, "heads": 3},
     "fp16-bare-and-segments": {"dtype": FP16, "batch": 1, "length": 53, "split": True, "bare": True},
+    "fp16-states-in-parts": {"dtype": FP16, "size": 20, "states": 16},
     "fp16-with-16-bit-states": {"dtype": FP16, "heads": 3, "small": 0},
     "fp16-bare-with-16-bit-states": {"dtype": FP16, "bare": True, "small": 0},
 }
@@ -148,7 +149,8 @@ def run_toy_case(
     plan.block_of = lambda dtype, size: 16
     plan.LARGEST_CHANNELS = plan.LARGEST_CHANNELS_FP32 = channels
     plan.FEW_HEADS, plan.FEW_ELEMENTS = 0, small
-    importlib.import_module(PACKAGE + "triton_inputs").PART_FP32 = 16
+    inputs = importlib.import_module(PACKAGE + "triton_inputs")
+    inputs.WHOLE, inputs.PART, inputs.PART_FP32 = states, 16, 16
     plan.TARGET_PROGRAMS, plan.SHORTEST_SEGMENT = 1 << 20 if split else 0, 16
     projections.TARGET_PROGRAMS = programs
     projections.LARGEST_PART = projections.LARGEST_PART_FP32 = states

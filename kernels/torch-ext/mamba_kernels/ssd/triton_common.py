@@ -259,6 +259,8 @@ def over_states(
     NS: tl.constexpr,
     Q: tl.constexpr,
     PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """Products of tokens (…, N) and a state of (…, H, P, N), (Q, PB) in fp32, NS states at a time.
 
@@ -271,8 +273,11 @@ def over_states(
         n = start + tl.arange(0, NS)
         mask = (p[:, None] < P) & (n[None, :] < N)
         state = tl.load(states + p[:, None] * N + n[None, :], mask=mask, other=0.0)
-        value = load_rows(tokens, stride_t, real, start, N, NS, Q).to(tl.float32)
-        sums += product(value, tl.trans(state), PRECISION)
+        value = load_rows(tokens, stride_t, real, start, N, NS, Q).to(DTYPE)
+        b_state, rest_of_state = rounded(state, DTYPE)
+        sums += product(value, tl.trans(b_state), PRECISION)
+        if REST == 2:
+            sums += product(value, tl.trans(rest_of_state), PRECISION)
     return sums
 
 

@@ -37,8 +37,8 @@ from .triton_projections import ProjectionGradients
 __all__ = ["InputGradients", "launch_inputs"]
 
 INPUTS, INPUTS_FP32 = Tuning(warps=4, stages=1), Tuning(warps=8, stages=1)
-# states at a time in fp32 products
-PART_FP32 = 32
+# most states that products take at once in 16 bits; how many at a time where there are more, and always in fp32
+WHOLE, PART, PART_FP32 = 128, 64, 32
 # heads that share the products of B and C
 HEADS_OF_PROGRAM = 4
 
@@ -125,6 +125,7 @@ def _ssd_bwd_kernel(
     sums (blocks, H + H + (H or H P)): each block's share of the gradients of A, dt_bias and D.
     """
     BLOCKS: tl.constexpr = (P + PB - 1) // PB
+    PARTED: tl.constexpr = PART < NB
     WIDTH: tl.constexpr = H * (2 + (P if D_PER_CHANNEL else 1))
     HEADS: tl.constexpr = H // G
     parts = tl.cdiv(HEADS, heads_of_program)
@@ -157,7 +158,7 @@ def _ssd_bwd_kernel(
     sums += slot * WIDTH
     B += row * stride_B_b + t64 * stride_B_t + group * stride_B_g
     C += row * stride_C_b + t64 * stride_C_t + group * stride_C_g
-    if EXACT:
+    if PARTED:
         similarity = tl.zeros((Q, Q), tl.float32)
         for n in range(0, N, PART):
             part_of_B = load_rows(B, stride_B_t, real, n, N, PART, Q).to(DTYPE)
@@ -206,9 +207,24 @@ def _ssd_bwd_kernel(
                 b_z = load_rows(z + wide_head * stride_z_h, stride_z_t, real, block * PB, P, PB, Q).to(tl.float32)
                 silu, sigmoid = silu_parts(b_z)
                 wide_dy = b_dy.to(tl.float32)
-                if EXACT:
+                if PARTED:
                     b_y = over_states(
-                        C, stride_C_t, real, entering, slot, head, block * PB, H, P, N, PB, PART, Q, PRECISION
+                        C,
+                        stride_C_t,
+                        real,
+                        entering,
+                        slot,
+                        head,
+                        block * PB,
+                        H,
+                        P,
+                        N,
+                        PB,
+                        PART,
+                        Q,
+                        PRECISION,
+                        DTYPE,
+                        REST,
                     )
                 else:
                     state, rest_of_state = rounded(tl.load(entering + offsets, mask=mask, other=0.0), DTYPE)
@@ -230,8 +246,10 @@ def _ssd_bwd_kernel(
             else:
                 b_dy = b_dy.to(DTYPE)
             dpairs += product(b_x.to(DTYPE), tl.trans(b_dy), PRECISION)
-            if EXACT:
-                du = over_states(B, stride_B_t, real, leaving, slot, head, block * PB, H, P, N, PB, PART, Q, PRECISION)
+            if PARTED:
+                du = over_states(
+                    B, stride_B_t, real, leaving, slot, head, block * PB, H, P, N, PB, PART, Q, PRECISION, DTYPE, REST
+                )
             else:
                 dstate, rest_of_dstate = rounded(tl.load(leaving + offsets, mask=mask, other=0.0), DTYPE)
                 du = product(b_B, tl.trans(dstate), PRECISION)
@@ -283,6 +301,12 @@ def _ssd_bwd_kernel(
         tl.store(sums + H + head, tl.sum(dstep, 0))
         if not D_PER_CHANNEL:
             tl.store(sums + 2 * H + head, b_dD)
+
+
+def _states_at_a_time(dtype: torch.dtype, states: int) -> int:
+    if dtype == torch.float32:
+        return min(PART_FP32, states)
+    return states if states <= WHOLE else PART
 
 
 def launch_inputs(
@@ -344,7 +368,7 @@ def launch_inputs(
         projections.by_carry.stride(0),
         **meta,
         NS=meta["NB"] // projections.by_carry.shape[0],
-        PART=min(PART_FP32, meta["NB"]),
+        PART=_states_at_a_time(plan.dtype, meta["NB"]),
         HAS_D=D is not None,
         D_PER_CHANNEL=per_channel,
         **tuning.options(),

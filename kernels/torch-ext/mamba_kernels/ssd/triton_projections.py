@@ -165,7 +165,7 @@ def _ssd_bwd_projections_kernel(
         dpairs = tl.zeros((Q, Q), tl.float32)
         through_output = tl.zeros((Q,), tl.float32)
         through_carry = 0.0
-        for block in tl.static_range(BLOCKS):
+        for block in range(BLOCKS):
             b_x = load_rows(x + wide_head * stride_x_h, stride_x_t, real, block * PB, P, PB, Q).to(DTYPE)
             b_dy = load_gradient(
                 dy + wide_head * stride_dy_h,
