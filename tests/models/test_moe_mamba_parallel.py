@@ -1,4 +1,4 @@
-"""Tensor and expert parallelism: the declared plans, and two CPU processes against one.
+"""Tensor and expert parallelism: the declared plans, and two processes against one, on CPUs and on two GPUs.
 
 The experts' activation is split over F or whole experts over the processes; logits, losses and gradients stay what they
 are on one.
@@ -6,6 +6,7 @@ are on one.
 
 import os
 import socket
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -64,33 +65,45 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def run_rank(rank: int, port: int, folder: str, cases: list[tuple[str, str]]) -> None:
+def run_rank(rank: int, port: int, folder: str, cases: list[tuple[str, str]], gpu: bool) -> None:
     """One of two processes: every case's logits, loss and gradients, compared with the whole model of this process."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl", device_id=device)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.distributed.init_process_group("gloo")
     try:
         for frame, split in cases:
-            compare(Path(folder) / frame, split)
-        count_together(rank)
+            compare(Path(folder) / frame, split, device)
+        count_together(rank, device)
         verdict = "equal"
     except Exception:
         verdict = traceback.format_exc()
     (Path(folder) / f"verdict-{rank}").write_text(verdict, encoding="utf-8")
+    # a rank that is still at work would lose its connection
+    for _ in range(100):
+        if (Path(folder) / f"verdict-{1 - rank}").exists():
+            break
+        time.sleep(0.1)
     # a rank that failed would leave the other one waiting at the barrier of an orderly shutdown
     os._exit(0)
 
 
-def compare(folder: Path, split: str) -> None:
-    whole = MoeMambaForCausalLM.from_pretrained(folder)
+def compare(folder: Path, split: str, device: torch.device) -> None:
+    whole = MoeMambaForCausalLM.from_pretrained(folder).to(device)
     parted = MoeMambaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**SPLITS[split]))
     local = parted.backbone.layers[1].moe or parted.backbone.layers[2].moe
     full = whole.backbone.layers[1].moe or whole.backbone.layers[2].moe
     weight = local.experts.down_proj.to_local()
     assert weight.numel() * 2 == full.experts.down_proj.numel()
     assert weight.shape[0] == full.experts.num_experts // (2 if split == "expert" else 1)
-    ids = random_ids(2, 7)
+    assert weight.device == device
+    ids = random_ids(2, 7).to(device)
     with torch.no_grad():
         difference = (parted.eval()(ids).logits - whole.eval()(ids).logits).abs().max().item()
         assert difference <= 1e-5, f"{folder.name}, {split}: logits differ by {difference}"
@@ -107,15 +120,16 @@ def compare(folder: Path, split: str) -> None:
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=f"{folder.name}, {split}: {name}")
 
 
-def count_together(rank: int) -> None:
+def count_together(rank: int, device: torch.device) -> None:
     """`RouterHealth` logs what both processes did: rank 0 has one token for expert 1, rank 1 two for expert 3."""
-    model = make_model("moe_mamba", router_bias=True)
+    model = make_model("moe_mamba", router_bias=True).to(device)
     health = RouterHealth(patience=5)
     state = TrainerState(global_step=4)
     health.on_train_begin(None, state, None, model=model)
     health.on_step_begin(None, state, None)
     for layer in expert_layers(model).values():
-        logits = torch.zeros(1 + rank, 4).index_fill_(1, torch.tensor([1 + 2 * rank]), 3.0)
+        logits = torch.zeros(1 + rank, 4, device=device)
+        logits[:, 1 + 2 * rank] = 3.0
         layer.observer(Routing(logits, logits[:, :1], logits.topk(1).indices, None, None, training=True))
     logs: dict[str, Any] = {"loss": 1.0}
     state.log_history.append({"step": 4})
@@ -126,12 +140,24 @@ def count_together(rank: int) -> None:
     assert health._records[1].last_used.tolist() == [4, 5, 4, 5]
 
 
+def run_two_processes(folder: Path, gpu: bool) -> None:
+    for frame in {frame for frame, _ in RUN}:
+        make_model("moe_mamba", capacity_factor=0.75, **FRAMES[frame]).save_pretrained(folder / frame)
+    torch.multiprocessing.spawn(run_rank, args=(free_port(), str(folder), RUN, gpu), nprocs=2)
+    for rank in range(2):
+        assert (folder / f"verdict-{rank}").read_text(encoding="utf-8") == "equal"
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Logits in evaluation, loss and gradients in training with capacity, for each way of splitting; and router health."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    for frame in {frame for frame, _ in RUN}:
-        make_model("moe_mamba", capacity_factor=0.75, **FRAMES[frame]).save_pretrained(tmp_path / frame)
-    torch.multiprocessing.spawn(run_rank, args=(free_port(), str(tmp_path), RUN), nprocs=2)
-    for rank in range(2):
-        assert (tmp_path / f"verdict-{rank}").read_text(encoding="utf-8") == "equal"
+    run_two_processes(tmp_path, gpu=False)
+
+
+@pytest.mark.gpu
+def test_two_gpus_equal_one(tmp_path: Path) -> None:
+    """The same with a GPU for each process, over NCCL."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    run_two_processes(tmp_path, gpu=True)
