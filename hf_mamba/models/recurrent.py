@@ -18,6 +18,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from mamba_kernels import add_rms_norm
+
 from ..cache import MAX_REPLAY, RecurrentCache
 from ..cache_names import CACHE_NAMES
 from ..integrations import peft as peft_integration
@@ -73,6 +75,16 @@ class RecurrentBlock(GradientCheckpointingLayer):
             if out is not None:
                 return out
         return residual + self.mixer(self.norm(hidden_states), cache=cache, seq_idx=seq_idx)
+
+
+def _is_unhooked(module: nn.Module) -> bool:
+    """Whether calling `module` runs the `forward` of its class and nothing else."""
+    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _is_plain_norm(norm: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling `norm` is an `rms_norm` with a result in `dtype`."""
+    return type(norm) is RMSNorm and _is_unhooked(norm) and norm.weight.dtype == dtype
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -360,6 +372,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         `finish` brings aligned values (B, L, …) into input order, without the replayed tokens; fields need it, hidden states
         do not.
         """
+        if not output_hidden_states and self._streams(hidden_states, cache):
+            return self._run_stream(hidden_states, cache, layout.seq_idx), None, {}
         collected: list[Tensor] | None = [] if output_hidden_states else None
         for layer in self.layers:
             if collected is not None:
@@ -369,6 +383,44 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if collected is not None:
             collected.append(hidden_states)
         return hidden_states, collected, {}
+
+    def _streams(self, hidden_states: Tensor, cache: Cache | None) -> bool:
+        """Whether several tokens go through blocks that do nothing but norm, mixer and sum, in one dtype, without gradients.
+
+        Steps of one token and those of a draft have ways of their own, inside of the blocks.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.shape[1] < 2:
+            return False
+        if getattr(cache, "recording", False) or getattr(cache, "verifying", False):
+            return False
+        dtype = hidden_states.dtype
+        return (
+            # in fp64, the blocks take the norm of more digits than the residual stream keeps
+            dtype != torch.float64
+            and not torch.is_autocast_enabled(hidden_states.device.type)
+            and _is_plain_norm(self.norm_f, dtype)
+            and all(
+                type(layer).forward is RecurrentBlock.forward
+                and _is_unhooked(layer)
+                and _is_plain_norm(layer.norm, dtype)
+                for layer in self.layers
+            )
+        )
+
+    def _run_stream(self, hidden_states: Tensor, cache: Cache | None, seq_idx: Tensor | None) -> Tensor:
+        """Blocks and final norm, where each norm adds what the mixer before it has made: one launch in place of three."""
+        residual: Tensor | None = None
+        update, plain = hidden_states, hidden_states.dtype
+        for layer in self.layers:
+            block: Any = layer
+            dtype = torch.float32 if block.residual_in_fp32 else update.dtype if residual is None else residual.dtype
+            normed, residual = add_rms_norm(
+                update, residual, block.norm.weight, eps=block.norm.variance_epsilon, residual_dtype=dtype
+            )
+            # a projection that is no plain one may have a dtype of its own
+            update = block.mixer(normed if normed.dtype == plain else normed.to(plain), cache=cache, seq_idx=seq_idx)
+        norm: Any = self.norm_f
+        return add_rms_norm(update, residual, norm.weight, eps=norm.variance_epsilon)[0].to(plain)
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         recomputing = self.gradient_checkpointing and self.training
