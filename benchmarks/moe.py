@@ -3,10 +3,15 @@
 The layer is timed beside transformers' Mixtral block with the same weights, a dense layer of the same active width and the
 experts' products alone, which are the floor. Every routed contender is first compared with ours in fp64: output and the
 input's gradient. The model is timed on each experts backend beside Mamba-MLP of the same active width.
+
+One token is timed twice: called from Python, where the host's work is most of the time, and, on a GPU, in a CUDA graph, as the
+decoding loop runs it. The graph has several tokens after one another that go to different experts, like the layers of a model,
+so that no weight is in a cache. The floor there is the time that the weights of a token's experts and of the router need to be
+read at the bandwidth of a large copy.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,17 +32,21 @@ from benchmarks.moe_contenders import (
     tokens_with_clear_choices,
 )
 from benchmarks.record import Record, Row, table_console
-from benchmarks.timing import Contender, compare
+from benchmarks.timing import Contender, compare, copy_bandwidth
 from hf_mamba import MoeMambaConfig, MoeMambaForCausalLM
+from hf_mamba.models.moe_mamba.experts import MoeMambaSparseMoe
 
 __all__ = ["moe"]
 
-MODES = ("forward", "forward+backward", "one token")
+IN_GRAPH = "one token in a CUDA graph"
+MODES = ("forward", "forward+backward", "one token", IN_GRAPH)
 FLOOR, DENSE = "products alone (floor)", "dense, same active width"
 # largest difference relative to the largest value; the peers round their router's logits to the dtype
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 # batched_mm copies the experts' matrices for every token
 GATHER_LIMIT_GIB = 8.0
+# tokens of a graph
+GRAPH_TOKENS = 8
 
 
 def moe(
@@ -49,7 +58,7 @@ def moe(
     modes: Annotated[str, typer.Option(help=f"Of the layer, out of: {', '.join(MODES)}.")] = ",".join(MODES),
     backends: Annotated[
         str, typer.Option(help=f"Experts backends, out of: {', '.join(BACKENDS)}.")
-    ] = "eager,batched_mm,grouped_mm",
+    ] = "eager,batched_mm,grouped_mm,fused",
     blocks: Annotated[int, typer.Option(help="Pairs of Mamba and expert layers in the model; 0 = no model.")] = 4,
     batch: Annotated[int, typer.Option(help="Sequences of the model.", min=1)] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a sequence of the model.", min=2)] = 2048,
@@ -79,6 +88,10 @@ def moe(
         shape = MoeShape(hidden_size, expert_size, count, top_k)
         for mode in wanted_modes:
             console.print(f"[dim]layer, E={count}, {mode}[/]")
+            if mode == IN_GRAPH:
+                if place.type == "cuda":
+                    record.rows += _graph_rows(shape, wanted_backends, number_type, place, seconds)
+                continue
             rows = 1 if mode == "one token" else tokens
             record.rows += _layer_rows(shape, rows, mode, wanted_backends, number_type, place, seconds)
         if blocks:
@@ -135,6 +148,79 @@ def _layer_rows(
     for entry in rows.values():
         entry.floor_ms = rows[FLOOR].p50_ms
     return list(rows.values())
+
+
+@torch.no_grad()
+def _graph_rows(
+    shape: MoeShape, backends: list[str], dtype: torch.dtype, device: torch.device, seconds: float
+) -> list[Row]:
+    """One token at a time in a CUDA graph, by every contender that can be captured; times are of one token."""
+    layer = shape.make(dtype, device)
+    tokens = _tokens_apart(layer, dtype)
+    count = tokens.shape[0]
+    sizes = {"E": shape.num_experts, "k": shape.top_k, "N": 1, "d": shape.hidden_size, "F": shape.expert_size}
+    size = layer.experts.down_proj.element_size()
+    weights = 3 * shape.top_k * shape.expert_size * shape.hidden_size * size
+    floor_ms = 1000 * (weights + layer.router.weight.numel() * 4) / copy_bandwidth(device)
+    exact = copy.deepcopy(layer).double()
+    expected = torch.cat([exact(x[None, None])[0][0] for x in tokens.double()])
+    dense = [dense_layer(shape, dtype, device) for _ in range(count)]
+    products = [products_alone(layer, x[None]) for x in tokens]
+    functions: dict[str, list[Layer]] = {
+        name: [run] * count for name, run in routed_layers(layer, shape, backends).items()
+    }
+    functions |= {DENSE: list(dense), FLOOR: products}
+    rows = []
+    for name, calls in functions.items():
+        row = Row("layer", name, sizes, str(dtype).removeprefix("torch."), IN_GRAPH, floor_ms=floor_ms)
+        rows.append(row)
+        try:
+            replay, outputs = _captured(calls, tokens)
+        except Exception as problem:
+            row.status = f"not captured: {str(problem).splitlines()[0][:80]}"
+            continue
+        contender = Contender(name, replay, outputs)
+        other = name in (DENSE, FLOOR)
+        (outcome,) = compare([contender], device, TOLERANCES[dtype], seconds, None if other else lambda: [expected])
+        if outcome.timing is not None:
+            outcome.timing.times_ms = [ms / count for ms in outcome.timing.times_ms]
+        row.fill(outcome, tokens=1)
+        if other:
+            row.error = None
+    return rows
+
+
+def _tokens_apart(layer: MoeMambaSparseMoe, dtype: torch.dtype) -> Tensor:
+    """Up to GRAPH_TOKENS tokens of which no two go to the same expert."""
+    tokens = tokens_with_clear_choices(layer, 64 * layer.router.num_experts, dtype)
+    used: set[int] = set()
+    chosen: list[int] = []
+    for place, experts in enumerate(layer.router(tokens)[2].tolist()):
+        if len(chosen) < GRAPH_TOKENS and not used & set(experts):
+            used |= set(experts)
+            chosen.append(place)
+    return tokens[chosen]
+
+
+def _captured(calls: list[Layer], tokens: Tensor) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
+    """A graph of the calls on one token each: what replays it, and what replays it and returns the outputs (N, d)."""
+
+    def run() -> list[Tensor]:
+        return [call(x[None]) for call, x in zip(calls, tokens, strict=True)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+
+    def outputs() -> list[Tensor]:
+        graph.replay()
+        return [torch.cat(results)]
+
+    return graph.replay, outputs
 
 
 def _leaf(x: Tensor, backward: bool) -> Tensor:

@@ -29,9 +29,9 @@ def test_moe_writes_a_record(tmp_path: Path, top_k: int) -> None:
     record = json.loads(file.read_text())
     layers = [row for row in record["rows"] if row["subject"] == "layer"]
     names = {f"{owner} {backend}" for owner in ("hf_mamba", "transformers Mixtral") for backend in moe.BACKENDS[:1]}
-    names |= {"hf_mamba grouped_mm", "transformers Mixtral batched_mm", moe.DENSE, moe.FLOOR}
+    names |= {"hf_mamba grouped_mm", "hf_mamba fused", "transformers Mixtral batched_mm", moe.DENSE, moe.FLOOR}
     for count in (2, 4):
-        for mode in moe.MODES:
+        for mode in set(moe.MODES) - {moe.IN_GRAPH}:
             found = {row["contender"]: row for row in layers if row["shape"]["E"] == count and row["mode"] == mode}
             assert names <= set(found)
             for name, row in found.items():
@@ -42,7 +42,7 @@ def test_moe_writes_a_record(tmp_path: Path, top_k: int) -> None:
     expected = layers[0]["floor_ms"] / layers[0]["p50_ms"]
     assert fractions[layers[0]["contender"]] == pytest.approx(expected)
     models = {row["contender"] for row in record["rows"] if row["subject"] == "model" and row["p50_ms"]}
-    wanted = {"hf_mamba eager", "hf_mamba grouped_mm", "hf_mamba Mamba-MLP, same active width"}
+    wanted = {"hf_mamba eager", "hf_mamba grouped_mm", "hf_mamba fused", "hf_mamba Mamba-MLP, same active width"}
     assert models == (wanted if blocks == "1" else set())
 
 
@@ -79,6 +79,29 @@ def test_tokens_choose_clearly_and_evenly() -> None:
     assert (best[:, 1] - best[:, 2]).min() > 2
     load = logits.topk(2, dim=-1).indices.flatten().bincount(minlength=16)
     assert load.min() > 0.75 * 256 and load.max() < 1.25 * 256
+
+
+def test_tokens_of_a_graph_share_no_expert() -> None:
+    for experts, top_k, count in ((16, 1, 8), (6, 2, 3), (4, 1, 4)):
+        shape = moe.MoeShape(hidden_size=64, expert_size=8, num_experts=experts, top_k=top_k)
+        layer = shape.make(torch.float32, torch.device("cpu"))
+        tokens = moe._tokens_apart(layer, torch.float32)
+        chosen = layer.router(tokens)[2].flatten().tolist()
+        assert len(chosen) == len(set(chosen)) and 1 < tokens.shape[0] <= count
+
+
+@pytest.mark.gpu
+def test_one_token_in_a_graph_on_gpu(tmp_path: Path) -> None:
+    from benchmarks.__main__ import app
+
+    file = tmp_path / "record.json"
+    sizes = ["--hidden-size", "64", "--expert-size", "96", "--experts", "4", "--blocks", "0", "--seconds", "0.01"]
+    result = CliRunner().invoke(app, ["moe", *sizes, "--modes", moe.IN_GRAPH, "--output", str(file)])
+    assert result.exit_code == 0, result.output
+    rows = {row["contender"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["hf_mamba eager"]["status"].startswith("not captured")
+    for name in ("hf_mamba fused", "hf_mamba batched_mm", "transformers Mixtral fused", moe.DENSE, moe.FLOOR):
+        assert rows[name]["status"] == "measured" and rows[name]["floor_ms"] > 0, name
 
 
 @pytest.mark.parametrize(
