@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mamba_kernels.packing import remember_while_captured
+
 from ..cache import RecurrentCache
 from ..sequences import SequenceLayout
 from .prompt import Prompt
@@ -159,8 +161,9 @@ class PromptGraph:
             layout = LastTokens()
         else:
             positions = torch.arange(self.shape.length, device=self.ids.device)
-            # a tensor of this run: what layers derive from it is computed anew by every replay
             seq_idx = torch.where(positions < self.lengths[:, None], 0, -1).to(torch.int32)
+            # made by every replay, so what the layers share of what they derive from it is as well
+            remember_while_captured(seq_idx)
             layout = LastTokens(seq_idx=seq_idx, last=self.lengths - 1)
         with _without_states(self.cache) if self.shape.fresh else nullcontext():
             outputs = model(input_ids=self.ids, cache=self.cache, layout=layout, return_dict=True)

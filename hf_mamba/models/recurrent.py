@@ -82,7 +82,7 @@ def _is_unhooked(module: nn.Module) -> bool:
     return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
 
-def _is_plain_norm(norm: nn.Module, dtype: torch.dtype) -> bool:
+def _is_plain_norm(norm: Any, dtype: torch.dtype) -> bool:
     """Whether calling `norm` is an `rms_norm` with a result in `dtype`."""
     return type(norm) is RMSNorm and _is_unhooked(norm) and norm.weight.dtype == dtype
 
