@@ -261,7 +261,7 @@ def _selective_scan_bwd_kernel(
     tile_states += local_slot * tl.cdiv(chunk, K) * N * channels
     outputs = row * length * channels
     # `grad_projections` (blocks, 2, B, L, G, N): partial sums of dB and dC
-    projections = batch.to(tl.int64) * length * GROUPS * N
+    projections = wide(batch) * length * GROUPS * N
     grad_B = grad_projections + (block % blocks).to(tl.int64) * 2 * projections + (row * length * GROUPS + group) * N
     grad_C = grad_B + projections
     n_tiles = tl.cdiv(end - start, K)
