@@ -131,7 +131,8 @@ def steps_of_block(dt, stride_t, real, bias, low, high, Q: tl.constexpr, SOFTPLU
     if SOFTPLUS:
         step = softplus(raw)
     if CLAMP:
-        step = tl.minimum(tl.maximum(step, low), high)
+        # compiled code hands over fp64
+        step = tl.minimum(tl.maximum(step, tl.cast(low, tl.float32)), tl.cast(high, tl.float32))
     return tl.where(real, step, 0.0), raw
 
 

@@ -293,7 +293,8 @@ def _ssd_bwd_kernel(
             limited = raw
             if SOFTPLUS:
                 limited = softplus(raw)
-            dstep = tl.where((limited >= low) & (limited <= high), dstep, 0.0)
+            kept = (limited >= tl.cast(low, tl.float32)) & (limited <= tl.cast(high, tl.float32))
+            dstep = tl.where(kept, dstep, 0.0)
         if SOFTPLUS:
             dstep *= 1.0 / (1.0 + tl.exp2(-raw * LOG2_E))
         tl.store(ddt + i * H + head, dstep, mask=inside)
@@ -326,14 +327,14 @@ def launch_inputs(
     heads_of_program = min(heads, HEADS_OF_PROGRAM)
     parts = ceil_div(heads, heads_of_program)
     shape = (plan.batch, plan.length, plan.heads, plan.head_dim)
-    dx = torch.empty(shape, dtype=x.dtype, device=x.device)
-    dz = None if z is None else torch.empty(shape, dtype=z.dtype, device=x.device)
-    ddt = torch.empty(shape[:3], dtype=operands.dt.dtype, device=x.device)
+    dx = x.new_empty(shape)
+    dz = None if z is None else x.new_empty(shape, dtype=z.dtype)
+    ddt = x.new_empty(shape[:3], dtype=operands.dt.dtype)
     per_channel = D is not None and D.dim() == 2
     width = plan.heads * (2 + (plan.head_dim if per_channel else 1))
     # with packed sequences some slots stay unused
-    fill = torch.empty if table is None else torch.zeros
-    sums = fill((blocks, width), dtype=torch.float32, device=x.device)
+    fill = x.new_empty if table is None else x.new_zeros
+    sums = fill((blocks, width), dtype=torch.float32)
     placeholder = operands.A
     tuning = INPUTS_FP32 if plan.dtype == torch.float32 else INPUTS
     launch(

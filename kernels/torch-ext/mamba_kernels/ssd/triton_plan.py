@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..packing import remembered
 from ..selective_scan.triton_common import chunk_table
 
 __all__ = ["Operands", "Plan", "Tuning", "ceil_div", "plan_of", "power_of_two", "segment_table", "strides_of"]
@@ -45,9 +46,8 @@ class Operands(NamedTuple):
     z: Tensor | None
     dt_bias: Tensor | None
     initial_states: Tensor | None  # (S, H, P, N)
-    marks: (
-        Tensor | None
-    )  # (B, L) int32 with seq_idx: 2 * number of the sequence in its row + whether the token is real
+    # (B, L) int32 with seq_idx: 2 * number of the sequence in its row + whether the token is real
+    marks: Tensor | None
     cu_seqlens: Tensor | None
     dt_softplus: bool
     dt_limit: tuple[float, float] | None
@@ -175,9 +175,10 @@ def plan_of(operands: Operands) -> Plan:
 
 def segment_table(operands: Operands, plan: Plan, tokens: int) -> Tensor | None:
     """Where packed sequences are cut, in pieces of `tokens`; see `chunk_table`."""
-    if operands.cu_seqlens is None:
+    bounds = operands.cu_seqlens
+    if bounds is None:
         return None
-    return chunk_table(operands.cu_seqlens, plan.length, tokens)
+    return remembered(bounds, f"ssd_table {plan.length} {tokens}", lambda: chunk_table(bounds, plan.length, tokens))
 
 
 def strides_of(operands: Operands, grad_y: Tensor) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..autograd import first_order_only
 from ..dispatch import left_to_eager
-from ..packing import segments_and_valid
+from ..packing import remembered, segments_and_valid
 from .eager import ssd_chunk_scan_eager
 from .triton_backward import ssd_backward
 from .triton_forward import ssd_forward
@@ -39,11 +39,14 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
         return_final_states: bool,
     ) -> tuple[Tensor, Tensor]:
         operands = _operands(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, dt_softplus, dt_limit)
-        y, final, starts = ssd_forward(operands, plan_of(operands), True, return_final_states)
+        plan = plan_of(operands)
+        y, final, starts = ssd_forward(operands, plan, True, return_final_states)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, starts)
         # zeros for the second output, where nobody asks for it, would be a launch
         ctx.set_materialize_grads(False)
         ctx.dt_softplus, ctx.dt_limit = dt_softplus, dt_limit
+        # the tracer keeps plain values only
+        ctx.plan = None if torch.compiler.is_compiling() else plan
         return y, y.new_empty(0) if final is None else final
 
     @staticmethod
@@ -56,12 +59,20 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
         if grad_y is None:
             grad_y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         states = None if grad_final is None or not grad_final.numel() else grad_final.contiguous()
-        gradients = ssd_backward(operands, plan_of(operands), _dense_rows(grad_y), starts, states)
+        gradients = ssd_backward(operands, ctx.plan or plan_of(operands), _dense_rows(grad_y), starts, states)
         likes = (x, dt, A, B, C, D, z, dt_bias, initial_states)
-        return (
-            *(None if g is None or v is None else g.to(v.dtype) for g, v in zip(gradients, likes, strict=True)),
-            *(None,) * 5,
-        )
+        found = [
+            g if g is None or v is None or g.dtype is v.dtype else g.to(v.dtype)
+            for g, v in zip(gradients, likes, strict=True)
+        ]
+        return (*found, None, None, None, None, None)
+
+
+def _marks_of(seq_idx: Tensor) -> Tensor:
+    """`Operands.marks` of (B, L) sequence numbers."""
+    segments, valid = segments_and_valid(seq_idx)
+    real = 1 if valid is None else valid.to(torch.int32)
+    return segments.to(torch.int32) * 2 + real
 
 
 def _dense_rows(value: Tensor) -> Tensor:
@@ -147,9 +158,8 @@ def ssd_chunk_scan_triton(
         floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     marks = None
     if seq_idx is not None:
-        segments, valid = segments_and_valid(seq_idx)
-        real = 1 if valid is None else valid.to(torch.int32)
-        marks = segments.to(torch.int32) * 2 + real
+        given = seq_idx
+        marks = remembered(given, "ssd_marks", lambda: _marks_of(given))
     unlimited = (0.0, math.inf) if dt_softplus else (-math.inf, math.inf)
     limit = None if tuple(dt_limit) in (unlimited, (-math.inf, math.inf)) else (dt_limit[0], dt_limit[1])
     options = (marks, cu_seqlens, dt_softplus, limit)
