@@ -14,7 +14,7 @@ from hf_mamba import MoeMambaConfig
 from hf_mamba.layers.switch import TopKRouter, load_balancing_loss, router_z_loss, within_capacity
 from hf_mamba.models.moe_mamba.modeling_moe_mamba import MoeMambaMLP, MoeMambaSparseMoe
 
-BACKENDS = ("eager", "batched_mm", "grouped_mm")
+BACKENDS = ("eager", "batched_mm", "grouped_mm", "fused")
 SIZES = {"hidden_size": 8, "num_experts": 5, "moe_intermediate_size": 12}
 LAYERS = {
     "switch": {},
@@ -150,19 +150,22 @@ def oracle(x: Tensor, layer: MoeMambaSparseMoe, config: MoeMambaConfig, real: li
     return torch.stack(outputs), torch.stack(all_logits), balance, z_sum / count
 
 
-def compare_with_oracle(kind: str, backend: str, dtype: torch.dtype, padded: bool, tolerance: float) -> None:
+def compare_with_oracle(
+    kind: str, backend: str, dtype: torch.dtype, padded: bool, tolerance: float, device: str = "cpu"
+) -> None:
     overrides = LAYERS[kind]
     config = MoeMambaConfig(**{**SIZES, **overrides})
     layer, exact = (make_layer(backend, d, **overrides).train() for d in (dtype, torch.float64))
+    layer.to(device)
     x = torch.randn(3, 9, 8, dtype=torch.float64)
     valid = torch.ones(3, 9, dtype=torch.bool)
     if padded:
         valid[0, 4:], valid[2, 8:] = False, False
     probe = torch.randn(3, 9, 8, dtype=torch.float64) * valid[..., None]
 
-    inputs = x.detach().clone().to(dtype).requires_grad_()
-    out, router_logits = layer(inputs, valid=valid if padded else None)
-    flat_logits, flat_valid = (router_logits.flatten(0, 1),), valid.flatten() if padded else None
+    inputs = x.detach().clone().to(device, dtype).requires_grad_()
+    out, router_logits = layer(inputs, valid=valid.to(device) if padded else None)
+    flat_logits, flat_valid = (router_logits.flatten(0, 1),), valid.flatten().to(device) if padded else None
     aux = load_balancing_loss(
         flat_logits,
         config.num_experts_per_tok,
@@ -171,7 +174,8 @@ def compare_with_oracle(kind: str, backend: str, dtype: torch.dtype, padded: boo
         indices=(layer.router.choose(flat_logits[0]),),
     )
     z = router_z_loss(flat_logits, flat_valid)
-    ((out * probe.to(dtype)).sum() + 3 * aux + 0.5 * z).backward()
+    ((out * probe.to(device, dtype)).sum() + 3 * aux + 0.5 * z).backward()
+    out, flat_logits, aux, z = out.cpu(), (flat_logits[0].cpu(),), aux.cpu(), z.cpu()
 
     exact_inputs = x.clone().requires_grad_()
     expected = oracle(exact_inputs.flatten(0, 1), exact, config, valid.flatten().tolist())
@@ -182,11 +186,11 @@ def compare_with_oracle(kind: str, backend: str, dtype: torch.dtype, padded: boo
     torch.testing.assert_close(flat_logits[0].double(), expected[1], atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(aux.double(), expected[2], atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(z.double(), expected[3], atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(inputs.grad.double(), exact_inputs.grad, atol=10 * tolerance, rtol=tolerance)
+    torch.testing.assert_close(inputs.grad.cpu().double(), exact_inputs.grad, atol=10 * tolerance, rtol=tolerance)
     for (name, parameter), reference in zip(layer.named_parameters(), exact.parameters(), strict=True):
         assert reference.grad is not None, name
         torch.testing.assert_close(
-            parameter.grad.double(), reference.grad, atol=10 * tolerance, rtol=tolerance, msg=name
+            parameter.grad.cpu().double(), reference.grad, atol=10 * tolerance, rtol=tolerance, msg=name
         )
 
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...layers import LayerNorm, RMSNorm, SelectiveScanMixer, SSDMixer
+from ...layers.fused_step import fused_step
 from ...layers.switch import TopKRouter, load_balancing_loss, router_z_loss
 from ...sequences import SequenceLayout
 from ..classifiers import RecurrentForSequenceClassification, RecurrentForTokenClassification
@@ -117,6 +118,10 @@ class MoeMambaBlock(GradientCheckpointingLayer):
         """The residual stream (B, L, d) after this layer, and the router logits (B, L, E) if it has experts."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         out = hidden_states.to(dtype) if self.residual_in_fp32 else hidden_states
+        if cache is not None and self.mixer is not None and self.moe is None and self.mlp is None:
+            stepped = fused_step(self.norm, self.mixer, out, cache, seq_idx)
+            if stepped is not None:
+                return stepped, None
         normed = self.norm(hidden_states)
         if self.mixer is not None:
             out = out + self.mixer(normed, cache=cache, seq_idx=seq_idx)
