@@ -46,6 +46,11 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "update-strided": {"tokens": 3, "strided": True},
     "update-one-tap": {"tokens": 3, "taps": 1, "state": 2},
     "update-fp16-state": {"tokens": 2, "dtype": FP16},
+    "update-step-of-rows": {"tokens": None, "rows": [3, -1]},
+    "update-step-of-several-programs": {"tokens": None, "channels": 150, "bare": True, "activation": None},
+    "update-step-fp16": {"tokens": 1, "dtype": FP16},
+    "update-step-strided": {"tokens": None, "strided": True},
+    "update-step-of-three-taps": {"tokens": None, "taps": 3},
 }
 
 
@@ -268,8 +273,20 @@ def test_update_on_gpu(batch: int, tokens: int | None, dtype: torch.dtype) -> No
 
 
 @pytest.mark.gpu
-def test_update_of_rows_on_gpu() -> None:
-    assert_within_tolerance(update_errors(batch=3, rows=[4, -1, 0], tokens=2, channels=300, device="cuda"), FP32)
+@pytest.mark.parametrize("tokens", [None, 2])
+def test_update_of_rows_on_gpu(tokens: int | None) -> None:
+    assert_within_tolerance(update_errors(batch=3, rows=[4, -1, 0], tokens=tokens, channels=300, device="cuda"), FP32)
+
+
+@pytest.mark.gpu
+@DTYPES
+def test_steps_are_the_convolution_bit_for_bit_on_gpu(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 20, 300, device="cuda").to(dtype)
+    weight, bias = torch.randn(300, 4, device="cuda"), torch.randn(300, device="cuda")
+    expected = causal_conv1d(x, weight, bias, activation="silu")
+    state = torch.zeros(3, 300, 4, device="cuda", dtype=dtype)
+    steps = [causal_conv1d_update(x[:, t], state, weight, bias, activation="silu") for t in range(20)]
+    assert torch.equal(torch.stack(steps, dim=1), expected)
 
 
 @pytest.mark.gpu

@@ -11,8 +11,8 @@ from .eager import causal_conv1d_update_eager
 
 __all__ = ["causal_conv1d_update_triton"]
 
-# channels of a program
-BLOCK = 128
+# channels of a program; half as many in a step, two for each thread
+BLOCK, STEP_BLOCK = 128, 64
 
 
 @triton.jit
@@ -85,6 +85,68 @@ def _conv_update_kernel(
     tl.store(place, kept, mask=used[:, None] & (m < K)[None, :])
 
 
+@triton.jit
+def _quarters(tile, BC: tl.constexpr):
+    """The four columns of a tile (BC, 4), which a thread holds together."""
+    even, odd = tl.split(tl.reshape(tile, (BC, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _conv_step_kernel(
+    x,
+    state,
+    weight,
+    bias,
+    indices,
+    y,
+    stride_x_b,
+    stride_state_b,
+    channels,
+    BC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INDEXED: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """One token, four taps and states of four inputs, both contiguous: everything is read once, in whole words."""
+    blocks = tl.cdiv(channels, BC)
+    pid = tl.program_id(0).to(tl.int64)
+    entry = pid // blocks
+    c = (pid % blocks).to(tl.int32) * BC + tl.arange(0, BC)
+    mask = c < channels
+    cells = c[:, None] * 4 + tl.arange(0, 4)[None, :]
+    is_channel = c[:, None] < channels
+    row = entry
+    if INDEXED:
+        row = tl.load(indices + entry).to(tl.int64)
+    used = (mask & (row >= 0)) != 0
+    held = state + tl.maximum(row, 0) * stride_state_b + cells
+    is_held = (is_channel & (row >= 0)) != 0
+    taps = tl.load(weight + cells, mask=is_channel, other=0.0)
+    known = tl.load(held, mask=is_held, other=0.0)
+    new = tl.load(x + entry * stride_x_b + c, mask=used, other=0.0)
+    sums = tl.zeros((BC,), tl.float32)
+    if HAS_BIAS:
+        sums += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    tap0, tap1, tap2, tap3 = _quarters(taps.to(tl.float32), BC)
+    _, old1, old2, old3 = _quarters(known, BC)
+    # in the order of the parallel kernel, from the newest to the oldest
+    sums += new.to(tl.float32) * tap3
+    sums += old3.to(tl.float32) * tap2
+    sums += old2.to(tl.float32) * tap1
+    sums += old1.to(tl.float32) * tap0
+    if SILU:
+        sums *= 1.0 / (1.0 + tl.exp2(sums * -1.4426950408889634))
+    sums = tl.where(row >= 0, sums, 0.0)
+    tl.store(y + entry * channels + c, sums, mask=mask)
+    kept = tl.join(tl.join(old1, old3), tl.join(old2, new.to(state.dtype.element_ty)))
+    # nobody overwrites what another thread still has to read
+    tl.debug_barrier()
+    tl.store(held, tl.reshape(kept, (BC, 4)), mask=is_held)
+
+
 def causal_conv1d_update_triton(
     x: Tensor,
     conv_state: Tensor,
@@ -104,14 +166,41 @@ def causal_conv1d_update_triton(
         x = x.contiguous()
     batch, tokens, channels = x.shape[0], 1 if single else x.shape[1], x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    bias_or_x = x if bias is None else bias.contiguous()
+    indices = x if state_indices is None else state_indices.contiguous()
+    flags = {"HAS_BIAS": bias is not None, "INDEXED": state_indices is not None, "SILU": activation is not None}
+    if (
+        tokens == 1
+        and size == taps == 4
+        and conv_state.stride(1) == 4
+        and conv_state.stride(2) == 1
+        and weight.is_contiguous()
+    ):
+        launch(
+            _conv_step_kernel,
+            (batch * -(-channels // STEP_BLOCK),),
+            x,
+            conv_state,
+            weight,
+            bias_or_x,
+            indices,
+            y,
+            x.stride(0),
+            conv_state.stride(0),
+            channels,
+            BC=STEP_BLOCK,
+            **flags,
+            num_warps=1,
+        )
+        return y
     launch(
         _conv_update_kernel,
         (batch * -(-channels // BLOCK),),
         x,
         conv_state,
         weight,
-        x if bias is None else bias.contiguous(),
-        x if state_indices is None else state_indices.contiguous(),
+        bias_or_x,
+        indices,
         y,
         x.stride(0),
         0 if single else x.stride(1),
@@ -124,9 +213,7 @@ def causal_conv1d_update_triton(
         W=taps,
         WB=1 << (taps - 1).bit_length(),
         BC=BLOCK,
-        HAS_BIAS=bias is not None,
-        INDEXED=state_indices is not None,
-        SILU=activation is not None,
+        **flags,
         num_warps=1,
     )
     return y
