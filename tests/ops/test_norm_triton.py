@@ -33,6 +33,15 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "add-in-blocks": {"op": "add_rms_norm", "shape": (3, 21), "largest": 8},
     "add-narrow": {"op": "add_rms_norm", "dtype": FP16, "shape": (9, 12)},
     "add-wide-residual": {"op": "add_rms_norm", "dtype": FP16, "residual_dtype": FP32, "shape": (2, 3, 12)},
+    "add-without-sum": {"op": "add_rms_norm", "without": 1, "dtype": FP16, "residual_dtype": FP32},
+    "add-without-normed": {"op": "add_rms_norm", "without": 0, "dtype": FP16, "residual_dtype": FP32},
+    "first-block-without-normed": {
+        "op": "add_rms_norm",
+        "without": 0,
+        "dtype": FP16,
+        "residual_dtype": FP32,
+        "residual": False,
+    },
     "first-block": {"op": "add_rms_norm", "dtype": FP16, "residual_dtype": FP32, "residual": False},
     "first-block-alike": {"op": "add_rms_norm", "residual": False},
     "gate-first": {"op": "rms_norm_gated", "strided": True},
@@ -86,16 +95,27 @@ def call(op: str, operands: dict[str, Tensor | None], oracle: bool, **options: A
 
 
 def differentiate(
-    op: str, operands: dict[str, Tensor | None], weights: list[Tensor], oracle: bool, **options: Any
+    op: str,
+    operands: dict[str, Tensor | None],
+    weights: list[Tensor],
+    oracle: bool,
+    without: int | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of a call under fixed gradients of its outputs."""
+    """Outputs and gradients of a call under fixed gradients of its outputs; nobody uses output `without`."""
     leaves = {name: None if value is None else value.detach().requires_grad_() for name, value in operands.items()}
     outputs = call(op, leaves, oracle, **options)
     present = {name: value for name, value in leaves.items() if value is not None}
     incoming = [weight.to(output.dtype) for weight, output in zip(weights, outputs, strict=False)]
-    gradients = torch.autograd.grad(outputs, list(present.values()), incoming)
+    used = [i for i in range(len(outputs)) if i != without]
+    gradients = torch.autograd.grad(
+        [outputs[i] for i in used], list(present.values()), [incoming[i] for i in used], allow_unused=True
+    )
     found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     for (name, leaf), gradient in zip(present.items(), gradients, strict=True):
+        if gradient is None:
+            assert without is not None, name
+            continue
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape, name
         found[f"gradient of {name}"] = gradient
     return found
@@ -140,9 +160,9 @@ def options_of(op: str, operands: dict[str, Tensor | None], case: dict[str, Any]
 def errors_of_case(device: str = "cpu", **case: Any) -> dict[str, float]:
     """The errors of one call described as in TOY_CASES."""
     op = case.get("op", "rms_norm")
-    kind = {name: value for name, value in case.items() if name not in ("group_size", "before")}
+    kind = {name: value for name, value in case.items() if name not in ("group_size", "before", "without")}
     operands = make_operands(**kind, device=device)
-    return errors_of(op, operands, **options_of(op, operands, case))
+    return errors_of(op, operands, without=case.get("without"), **options_of(op, operands, case))
 
 
 def run_toy_case(largest: int = 8192, programs: int = 4224, **case: Any) -> dict[str, float]:
