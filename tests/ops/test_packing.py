@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from mamba_kernels.packing import check_packing, cu_seqlens_to_seq_idx, resets_and_valid, segments_and_valid
+from mamba_kernels.packing import (
+    check_packing,
+    cu_seqlens_to_seq_idx,
+    remember_while_captured,
+    remembered,
+    resets_and_valid,
+    segments_and_valid,
+)
 from mamba_kernels.ssd.grid import chunk_grid
 
 LAYOUTS = {
@@ -117,3 +124,49 @@ def test_errors(name: str) -> None:
     batch, length, seq_idx, cu_seqlens, error, message = ERRORS[name]
     with pytest.raises(error, match=message):
         check_packing("op", batch, length, seq_idx, cu_seqlens)
+
+
+def test_what_packing_means_is_made_once_until_it_changes() -> None:
+    seq_idx = torch.tensor([[0, 0, 1]])
+    made = []
+
+    def make() -> int:
+        made.append(len(made))
+        return int(seq_idx.sum())
+
+    assert [remembered(seq_idx, "sum", make) for _ in range(3)] == [1, 1, 1]
+    assert len(made) == 1
+    assert remembered(seq_idx, "another", lambda: "made") == "made"
+    assert remembered(seq_idx.clone(), "sum", lambda: "of the copy") == "of the copy"
+    seq_idx[0, 0] = 5
+    assert remembered(seq_idx, "sum", make) == 6
+    seq_idx.copy_(torch.tensor([[2, 2, 2]]))
+    assert remembered(seq_idx, "sum", make) == 6 and len(made) == 3
+
+
+def test_inference_tensors_are_not_remembered() -> None:
+    with torch.inference_mode():
+        seq_idx = torch.tensor([[0, 0, 1]])
+        assert remembered(seq_idx, "sum", lambda: 1) == 1
+        assert remembered(seq_idx, "sum", lambda: 2) == 2
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_works_out_packing_anew_on_gpu() -> None:
+    seq_idx = torch.tensor([[0, 0, 1]], device="cuda")
+
+    def run(packing: torch.Tensor) -> torch.Tensor:
+        return remembered(packing, "double", lambda: packing * 2) + remembered(packing, "double", lambda: packing * 3)
+
+    assert run(seq_idx).tolist() == [[0, 0, 4]]
+    torch.cuda.synchronize()
+    graphs = []
+    for fresh in (False, True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run(remember_while_captured(seq_idx.clone()) if fresh else seq_idx)
+        graphs.append((graph, found))
+    seq_idx.fill_(1)
+    for (graph, found), expected in zip(graphs, (5, 4), strict=True):
+        graph.replay()
+        assert found.tolist() == [[expected] * 3]
