@@ -41,7 +41,7 @@ def routed_experts_eager(
     gated: bool,
 ) -> Tensor:
     """`routed_experts` in plain torch."""
-    dtype = torch.promote_types(weights.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(weights.dtype, up.dtype), torch.float32)
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)
     tokens = x.to(up.dtype)
     for expert in indices.unique().tolist():
