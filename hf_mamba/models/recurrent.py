@@ -3,6 +3,7 @@
 Symbols: B batch, L length, d model width, V vocabulary, n packed sequences.
 """
 
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -75,6 +76,11 @@ class RecurrentBlock(GradientCheckpointingLayer):
             if out is not None:
                 return out
         return residual + self.mixer(self.norm(hidden_states), cache=cache, seq_idx=seq_idx)
+
+
+def _has_forward_of_block(kind: type[nn.Module]) -> bool:
+    """Whether blocks of a class run `RecurrentBlock.forward`, in which transformers may wrap a checkpoint for training."""
+    return inspect.unwrap(kind.forward) is inspect.unwrap(RecurrentBlock.forward)
 
 
 def _is_unhooked(module: nn.Module) -> bool:
@@ -399,12 +405,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             dtype != torch.float64
             and not torch.is_autocast_enabled(hidden_states.device.type)
             and _is_plain_norm(self.norm_f, dtype)
-            and all(
-                type(layer).forward is RecurrentBlock.forward
-                and _is_unhooked(layer)
-                and _is_plain_norm(layer.norm, dtype)
-                for layer in self.layers
-            )
+            and all(map(_has_forward_of_block, {type(layer) for layer in self.layers}))
+            and all(_is_unhooked(layer) and _is_plain_norm(layer.norm, dtype) for layer in self.layers)
         )
 
     def _run_stream(self, hidden_states: Tensor, cache: Cache | None, seq_idx: Tensor | None) -> Tensor:
