@@ -63,12 +63,12 @@ def conv_bwd_kernel(
     stride_t,
     stride_dy_b,
     stride_dy_t,
-    stride_weight_d,
-    stride_weight_w,
     length,
     channels,
     run,
     n_runs,
+    STRIDE_D: tl.constexpr,
+    STRIDE_W: tl.constexpr,
     W: tl.constexpr,
     K: tl.constexpr,
     BC: tl.constexpr,
@@ -95,7 +95,7 @@ def conv_bwd_kernel(
     dy += row * stride_dy_b
     dx += row * length * channels
     numbers += row * length
-    taps = load_taps(weight, stride_weight_d, stride_weight_w, c, mask, W)
+    taps = load_taps(weight, c, mask, W, STRIDE_D, STRIDE_W)
     zeros = tl.zeros((BC,), tl.float32)
     offset = zeros
     if HAS_BIAS:
@@ -211,10 +211,10 @@ def conv_initial_gradient_kernel(
     stride_t,
     stride_dy_b,
     stride_dy_t,
-    stride_weight_d,
-    stride_weight_w,
     length,
     channels,
+    STRIDE_D: tl.constexpr,
+    STRIDE_W: tl.constexpr,
     W: tl.constexpr,
     BC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -233,7 +233,7 @@ def conv_initial_gradient_kernel(
     x += row * stride_b
     dy += row * stride_dy_b
     numbers += row * length
-    taps = load_taps(weight, stride_weight_d, stride_weight_w, c, mask, W)
+    taps = load_taps(weight, c, mask, W, STRIDE_D, STRIDE_W)
     offset = tl.zeros((BC,), tl.float32)
     if HAS_BIAS:
         offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)

@@ -26,6 +26,7 @@ __all__ = [
     "input_at",
     "is_real",
     "load_taps",
+    "quarters",
     "restarted",
     "sequence_at",
     "sequence_of_state",
@@ -186,12 +187,28 @@ def restarted(window, initial, changed, number, c, mask, channels, W: tl.constex
 
 
 @triton.jit
-def load_taps(weight, stride_d, stride_w, c, mask, W: tl.constexpr):
+def quarters(tile, BC: tl.constexpr):
+    """The four columns of a tile (BC, 4), which a thread holds together."""
+    even, odd = tl.split(tl.reshape(tile, (BC, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def load_taps(weight, c, mask, W: tl.constexpr, STRIDE_D: tl.constexpr, STRIDE_W: tl.constexpr):
     """The weights that meet the input j tokens back, j = 0, 1, …: W vectors (BC,) fp32."""
-    taps = ()
-    for j in tl.static_range(W):
-        place = weight + c.to(tl.int64) * stride_d + (W - 1 - j) * stride_w
-        taps = taps + (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
+    if W == 4 and STRIDE_D == 4 and STRIDE_W == 1:
+        # those of a channel in one load
+        cells = c[:, None].to(tl.int64) * 4 + tl.arange(0, 4)[None, :]
+        tile = tl.load(weight + cells, mask=mask[:, None], other=0.0).to(tl.float32)
+        tap3, tap2, tap1, tap0 = quarters(tile, c.shape[0])
+        taps = (tap0, tap1, tap2, tap3)
+    else:
+        taps = ()
+        for j in tl.static_range(W):
+            place = weight + c.to(tl.int64) * STRIDE_D + (W - 1 - j) * STRIDE_W
+            taps = taps + (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
     return taps
 
 

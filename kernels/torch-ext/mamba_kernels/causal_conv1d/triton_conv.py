@@ -87,11 +87,12 @@ def _forward(
         *operands,
         y,
         *x.stride()[:2],
-        *weight.stride(),
         length,
         channels,
         run,
         runs,
+        STRIDE_D=weight.stride(0),
+        STRIDE_W=weight.stride(1),
         W=taps,
         K=tuning.tokens,
         BC=block,
@@ -166,6 +167,7 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         sums = torch.empty((batch * runs, taps + (bias is not None), channels), dtype=torch.float32, device=x.device)
         flags = {"HAS_BIAS": bias is not None, "MARKS": ends is not None, "VARLEN": bounds is not None}
+        flags |= {"STRIDE_D": weight.stride(0), "STRIDE_W": weight.stride(1)}
         operands = (
             x,
             dy,
@@ -177,7 +179,7 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
             x if ends is None else ends,
             states,
         )
-        strides = (*x.stride()[:2], *dy.stride()[:2], *weight.stride(), length, channels)
+        strides = (*x.stride()[:2], *dy.stride()[:2], length, channels)
         launch(
             conv_bwd_kernel,
             (batch * runs * blocks,),

@@ -32,12 +32,12 @@ def conv_fwd_kernel(
     y,
     stride_b,
     stride_t,
-    stride_weight_d,
-    stride_weight_w,
     length,
     channels,
     run,
     n_runs,
+    STRIDE_D: tl.constexpr,
+    STRIDE_W: tl.constexpr,
     W: tl.constexpr,
     K: tl.constexpr,
     BC: tl.constexpr,
@@ -57,7 +57,7 @@ def conv_fwd_kernel(
     x += row * stride_b
     numbers += row * length
     y += row * length * channels
-    taps = load_taps(weight, stride_weight_d, stride_weight_w, c, mask, W)
+    taps = load_taps(weight, c, mask, W, STRIDE_D, STRIDE_W)
     offset = tl.zeros((BC,), tl.float32)
     if HAS_BIAS:
         offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)

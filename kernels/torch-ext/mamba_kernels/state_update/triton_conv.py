@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..causal_conv1d.triton_common import quarters
 from ..dispatch import left_to_eager
 from ..launch import launch
 from .eager import causal_conv1d_update_eager
@@ -86,15 +87,6 @@ def _conv_update_kernel(
 
 
 @triton.jit
-def _quarters(tile, BC: tl.constexpr):
-    """The four columns of a tile (BC, 4), which a thread holds together."""
-    even, odd = tl.split(tl.reshape(tile, (BC, 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
 def _conv_step_kernel(
     x,
     state,
@@ -130,8 +122,8 @@ def _conv_step_kernel(
     sums = tl.zeros((BC,), tl.float32)
     if HAS_BIAS:
         sums += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
-    tap0, tap1, tap2, tap3 = _quarters(taps.to(tl.float32), BC)
-    _, old1, old2, old3 = _quarters(known, BC)
+    tap0, tap1, tap2, tap3 = quarters(taps.to(tl.float32), BC)
+    _, old1, old2, old3 = quarters(known, BC)
     # in the order of the parallel kernel, from the newest to the oldest
     sums += new.to(tl.float32) * tap3
     sums += old3.to(tl.float32) * tap2
