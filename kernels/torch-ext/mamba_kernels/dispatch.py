@@ -141,12 +141,13 @@ def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = No
     if x.numel() == 0 or state_size == 0:
         return True
     reason = None
-    if any(value is not None and value.dtype == torch.float64 for value in (x, *others)):
-        reason = "fp64 operands"
-    elif state_size is not None and state_size > LARGEST_STATE:
+    if state_size is not None and state_size > LARGEST_STATE:
         reason = f"states of more than {LARGEST_STATE}"
     elif taps is not None and taps > LARGEST_WIDTH:
         reason = f"convolutions of more than {LARGEST_WIDTH} taps"
+    for value in (x, *others):
+        if value is not None and value.dtype == torch.float64:
+            reason = "fp64 operands"
     if reason is None:
         return False
     if not torch.compiler.is_compiling():

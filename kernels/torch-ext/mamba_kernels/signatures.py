@@ -28,16 +28,14 @@ def once_per_signature(check: Check) -> Check:
         if torch.compiler.is_compiling():
             check(*arguments)
             return
-        signature = (
-            torch.is_grad_enabled(),
-            *[
-                (value.shape, value.dtype, value.device, value.requires_grad)
-                if isinstance(value, Tensor)
+        kinds: list[Any] = [torch.is_grad_enabled()]
+        for value in arguments:
+            if isinstance(value, Tensor):
+                kinds += (value.shape, value.dtype, value.device, value.requires_grad)
+            else:
                 # the type too: 1, 1.0 and True are equal
-                else (type(value), value)
-                for value in arguments
-            ],
-        )
+                kinds += (type(value), value)
+        signature = tuple(kinds)
         try:
             known = signature in passed
         except TypeError:

@@ -163,6 +163,8 @@ def _selective_state_update_kernel(
 
 def dense(value: Tensor, inner: int) -> Tensor:
     """`value` with its last `inner` dimensions contiguous; a copy only where they are not."""
+    if value.is_contiguous():
+        return value
     expected = 1
     for axis in range(1, inner + 1):
         size = value.shape[-axis]
