@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from hf_mamba.integrations.cards import report_results
+from hf_mamba.integrations.cards import report_results, state_bytes
 
 __all__ = ["TEMPLATE", "write_model_card"]
 
+POINTS = 12
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "language_model.md.jinja"
 
 
@@ -54,6 +55,16 @@ def write_model_card(
         report=report,
         sources=sources,
         builtin=builtin,
+        state_bytes=state_bytes(AutoModelForCausalLM.from_config(config)),
+        curve=shown_points(report),
     )
     card.save(folder / "README.md")
     return card
+
+
+def shown_points(report: dict[str, Any]) -> list[dict[str, float]]:
+    """About `POINTS` of the evaluations on the validation text, the last one among them, with the tokens seen until then."""
+    points = [entry for entry in report.get("curves", []) if "eval_loss" in entry]
+    every = max(1, -(-len(points) // POINTS))
+    shown = points[::-1][::every][::-1]
+    return [entry | {"tokens": entry["step"] * report["tokens_seen"] // report["steps"]} for entry in shown]

@@ -106,6 +106,7 @@ class Arguments:
     grad_clip: float = option(1.0, "largest norm of the gradient")
     bf16: bool | None = option(None, "mixed precision in bfloat16 (default: on a GPU that has it)")
     torch_compile: bool = option(False, "compile the model with torch.compile")
+    evaluate: bool = option(True, "evaluate and describe the finished model; without it only the curves are written")
     eval_steps: int = option(250, "steps between evaluations on valid.txt, each with a checkpoint")
     seed: int = option(0, "seed of the weights, of the order of the text and of the samples")
 
@@ -311,6 +312,7 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
 
     if trainer.is_world_process_zero():
         print(f"{model.num_parameters():,} parameters, {len(tokens):,} training tokens", flush=True)
+    if trainer.is_world_process_zero() and arguments.evaluate:
         before = measured(model, "test")
         print(
             f"before: test perplexity {before['perplexity']:.1f}, {before['bits_per_byte']:.3f} bits/byte", flush=True
@@ -321,6 +323,11 @@ def train(arguments: Arguments, command: str) -> dict[str, Any] | None:
         return None
 
     output = Path(arguments.output_dir)
+    if not arguments.evaluate:
+        short = {"curves": curves(trainer.state.log_history), "training_seconds": round(budget.seconds, 1)}
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "training_report.json").write_text(json.dumps(short, indent=1) + "\n", "utf-8")
+        return short
     best = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     best.config.use_cache = True
     best.generation_config.update(
@@ -402,7 +409,8 @@ def curves(log: list[dict[str, Any]]) -> list[dict[str, float]]:
         kept = {
             name: round(value, 4) if isinstance(value, float) else value
             for name, value in entry.items()
-            if name in ("step", "elapsed_seconds", "loss", "eval_loss") or name.startswith("router_")
+            if name in ("step", "elapsed_seconds", "loss", "eval_loss")
+            or (name.startswith("router_") and name != "router_layers")
         }
         if kept.keys() & {"loss", "eval_loss"}:
             entries.setdefault(entry["step"], {}).update(kept)

@@ -25,9 +25,13 @@ import debian_texts  # noqa: E402
 import demo  # noqa: E402
 import language_modeling  # noqa: E402
 import prepare_text  # noqa: E402
+import train_demo  # noqa: E402
 import train_language_model  # noqa: E402
 from debian_texts import Document  # noqa: E402
 from language_modeling import EvaluationWindows, TimeBudget, TrainingWindows  # noqa: E402
+
+import hf_mamba  # noqa: E402
+from hf_mamba.integrations.cards import state_bytes  # noqa: E402
 
 TINY = {
     "hidden_size": 16,
@@ -395,3 +399,70 @@ def test_demo_generates_through_a_pipeline_of_ours(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "hf_mamba.models.mamba2" in printed and "12 new tokens" in printed
     assert re.search(r"^My dear\W", printed, re.MULTILINE)
+
+
+# options from a file, dropout, and the run that makes the demo checkpoints
+
+
+def test_options_come_from_a_file_and_those_after_it_take_precedence(tmp_path):
+    file = tmp_path / "options.json"
+    file.write_text('{"model_type": "mamba", "dropout": 0.25, "prompts": ["a b", "c"]}')
+    arguments = train_language_model.parse([str(file), "--dropout", "0.5"])
+    assert (arguments.model_type, arguments.dropout, arguments.prompts) == ("mamba", 0.5, ["a b", "c"])
+    assert train_language_model.parse(["--dropout", "0.5"]).model_type == "mamba2"
+    file.write_text('{"droput": 0.25}')
+    with pytest.raises(ValueError, match="unknown: \\['droput'\\]"):
+        train_language_model.parse([str(file)])
+    with pytest.raises(ValueError, match="cannot be read"):
+        train_language_model.parse([str(tmp_path / "missing.json")])
+
+
+@pytest.mark.parametrize("name", train_demo.NAMES)
+def test_demo_checkpoints_were_trained_with_the_options_that_lie_here(name):
+    """The sizes in the committed options are those of the packaged checkpoint."""
+    arguments = train_language_model.parse([str(ROOT / f"examples/demo_checkpoints/{name}.json")])
+    tokenizer = AutoTokenizer.from_pretrained(hf_mamba.demo_checkpoint(name))
+    asked = train_language_model.build_config(arguments, tokenizer).to_dict()
+    made = AutoModelForCausalLM.from_pretrained(hf_mamba.demo_checkpoint(name)).config.to_dict()
+    for key in ("hidden_size", "num_hidden_layers", "state_size", "vocab_size", "layers_block_type", "num_experts"):
+        assert asked.get(key) == made.get(key), key
+    assert arguments.model_name == f"hf-mamba-demo-{name.replace('_', '-')}"
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "moe_mamba"])
+def test_dropout_reaches_every_update_of_the_residual_stream_in_training_only(model_type):
+    """At a rate of almost 1 the stream is the embedding; in evaluation nothing changes."""
+    arguments = train_language_model.Arguments(
+        model_type=model_type, **{"hidden_size": 16, "num_hidden_layers": 2, "state_size": 8}
+    )
+    if model_type == "mamba2":
+        arguments.head_dim = 8
+    tokenizer = AutoTokenizer.from_pretrained(hf_mamba.demo_checkpoint())
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(train_language_model.build_config(arguments, tokenizer))
+    ids = torch.arange(12)[None]
+
+    def stream(model):
+        with torch.no_grad():
+            return model(input_ids=ids, output_hidden_states=True).hidden_states[1].float()
+
+    embedded = model.get_input_embeddings()(ids).detach()
+    before = stream(model.eval())
+    assert not torch.equal(before, embedded)
+    language_modeling.drop_residual_updates(model, 0.999999)
+    assert torch.equal(stream(model.eval()), before)
+    assert torch.equal(stream(model.train()), embedded)
+
+
+def test_steps_of_the_demo_run_follow_from_the_slowest_model():
+    report = {
+        "curves": [
+            {"step": 1, "loss": 9.0, "elapsed_seconds": 20.0},
+            {"step": 50, "loss": 7.0, "elapsed_seconds": 25.0},
+            {"step": 75, "eval_loss": 6.5, "elapsed_seconds": 26.0},
+            {"step": 100, "loss": 6.0, "eval_loss": 6.0, "elapsed_seconds": 27.5},
+        ]
+    }
+    assert train_demo.seconds_per_step(report) == pytest.approx(0.05)
+    assert train_demo.steps_that_fit(112.01, 0.05, most=8000) == 2000
+    assert train_demo.steps_that_fit(112.01, 0.05, most=300) == 300

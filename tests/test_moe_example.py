@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(FOLDER))
 
 import architectures  # noqa: E402
 import report  # noqa: E402
+import side_by_side  # noqa: E402
 import train  # noqa: E402
 
 NAMES = ["transformer", "mamba", "mamba-mlp", "transformer-moe", *(f"moe-mamba-{e}" for e in (1, 4, 8, 16, 32))]
@@ -238,3 +240,35 @@ def test_a_difference_below_the_spread_of_the_seeds_decides_nothing() -> None:
 def test_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run train.py"):
         report.write_report(tmp_path)
+
+
+# all models at once, by the clock
+
+
+def test_as_many_steps_as_fit_and_then_seeds() -> None:
+    settings = train.read_settings("gpu")
+    assert settings["steps"] == 880
+    some = side_by_side.fit(settings, seconds=53.01, slowest=0.1)
+    assert (some["steps"], some["seeds"], some["max_minutes"]) == (500, [0], round(53.01 / 60, 3))
+    all_steps = side_by_side.fit(settings, seconds=200.0, slowest=0.1)
+    assert (all_steps["steps"], all_steps["seeds"]) == (880, [0, 1])
+    assert all_steps["max_minutes"] == round(100 / 60, 3)
+    assert side_by_side.fit(settings, seconds=1e4, slowest=0.1)["seeds"] == [0, 1, 2]
+
+
+def test_all_models_side_by_side(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Two of them here: a probe, settings that follow from it, and finished runs of the same steps without checkpoints."""
+    monkeypatch.setattr(side_by_side, "architecture_names", lambda settings: ["transformer", "moe-mamba-4"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = settings_file(tmp_path, steps=4, eval_steps=2, batch_size=2)
+    words = ["--config", config, "--output_dir", str(tmp_path / "out"), "--data_dir", str(data)]
+    monkeypatch.setattr(sys, "argv", ["side_by_side.py", *words, "--minutes", "10", "--probe_steps", "2"])
+    side_by_side.main()
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    assert settings["steps"] == 4 and settings["seeds"] == [0, 1, 2]
+    for seed in settings["seeds"]:
+        for name in ("transformer", "moe-mamba-4"):
+            assert json.loads((tmp_path / f"out/{name}-seed{seed}.json").read_text())["steps"] == 4
+    assert not list((tmp_path / "out").glob("checkpoints/*/checkpoint-*"))
+    assert report.read_runs(tmp_path / "out").keys() == {"transformer", "moe-mamba-4"}

@@ -67,7 +67,7 @@ def fit(settings: dict[str, Any], seconds: float, slowest: float) -> dict[str, A
     possible = int(seconds / (OVERHEAD * slowest))
     seeds = max(1, min(MOST_SEEDS, possible // settings["steps"]))
     return settings | {
-        "steps": max(10, min(settings["steps"], possible)),
+        "steps": max(1, min(settings["steps"], possible)),
         "seeds": list(range(seeds)),
         # a run that is slower than foreseen ends by its time, with the learning rate at zero
         "max_minutes": round(seconds / seeds / 60, 3),
