@@ -151,6 +151,8 @@ def run_toy_case(
     plan.FEW_HEADS, plan.FEW_ELEMENTS = 0, small
     inputs = importlib.import_module(PACKAGE + "triton_inputs")
     inputs.WHOLE, inputs.PART, inputs.PART_FP32 = states, 16, 16
+    inputs.TARGET_PROGRAMS = 1
+    importlib.import_module(PACKAGE + "triton_forward").PART_FP32 = 16
     plan.TARGET_PROGRAMS, plan.SHORTEST_SEGMENT = 1 << 20 if split else 0, 16
     projections.TARGET_PROGRAMS = programs
     projections.LARGEST_PART = projections.LARGEST_PART_FP32 = states

@@ -234,11 +234,11 @@ def load_gradient(
 
 @triton.jit
 def state_offsets(
-    index, head, first, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr
+    index, head, first, n0, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr
 ):
-    """Offsets and mask of (PB, NB) of the state of `head` in (…, H, P, N)."""
+    """Offsets and mask of (PB, NB), from channel `first` and state n0 on, of the state of `head` in (…, H, P, N)."""
     p = first + tl.arange(0, PB)
-    n = tl.arange(0, NB)
+    n = n0 + tl.arange(0, NB)
     inner = p[:, None] * N + n[None, :]
     mask = (p[:, None] < P) & (n[None, :] < N)
     return (index * H + head) * (P * N) + inner, mask
@@ -292,6 +292,7 @@ def chain_states(
     direction,
     head,
     first,
+    n0,
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -304,7 +305,7 @@ def chain_states(
     """
     for i in range(0, count):
         other = slot - direction * (count - i)
-        offsets, mask = state_offsets(other, head, first, H, P, N, PB, NB)
+        offsets, mask = state_offsets(other, head, first, n0, H, P, N, PB, NB)
         added = tl.load(local + offsets, mask=mask, other=0.0)
         state = tl.load(decay + other * H + head) * state + added
     return state

@@ -33,9 +33,11 @@ from .triton_states import launch_states, new_locals
 
 __all__ = ["ssd_forward"]
 
-FORWARD, FORWARD_FP32 = Tuning(warps=4, stages=2), Tuning(warps=8, stages=1)
+FORWARD, FORWARD_FP32 = Tuning(warps=4, stages=2), Tuning(warps=4, stages=1)
 # Q of this kernel alone: fp32 products of more tokens spill kilobytes of registers, and take seconds to compile
 BLOCK_FP32 = 16
+# states at a time in fp32 products
+PART_FP32 = 32
 
 
 @ssd_kernel
@@ -100,8 +102,11 @@ def _ssd_fwd_kernel(
     SPLIT: tl.constexpr,
     SAVE: tl.constexpr,
     FINAL: tl.constexpr,
+    NS: tl.constexpr,
 ):
+    """One program walks PB channels of a head through a segment, with their states in parts of NS."""
     BLOCKS: tl.constexpr = (P + PB - 1) // PB
+    PARTS: tl.constexpr = NB // NS
     pid = tl.program_id(0).to(tl.int64)
     head = (pid % H).to(tl.int32)
     first = ((pid // H) % BLOCKS).to(tl.int32) * PB
@@ -132,15 +137,18 @@ def _ssd_fwd_kernel(
         else:
             skip = tl.load(D + head).to(tl.float32)
 
-    own, mask = state_offsets(slot, head, first, H, P, N, PB, NB)
-    outer, _mask = state_offsets(sequence, head, first, H, P, N, PB, NB)
-    state = tl.zeros((PB, NB), tl.float32)
-    if HAS_INITIAL:
-        state += tl.load(initial + outer, mask=mask, other=0.0).to(tl.float32)
-    if SPLIT:
-        state = chain_states(state, added, decay, slot, index, 1, head, first, H, P, N, PB, NB)
-        if SAVE:
-            tl.store(starts + own, state, mask=mask)
+    states = ()
+    for part in tl.static_range(PARTS):
+        state = tl.zeros((PB, NS), tl.float32)
+        if HAS_INITIAL:
+            outer, mask = state_offsets(sequence, head, first, part * NS, H, P, N, PB, NS)
+            state += tl.load(initial + outer, mask=mask, other=0.0).to(tl.float32)
+        if SPLIT:
+            state = chain_states(state, added, decay, slot, index, 1, head, first, part * NS, H, P, N, PB, NS)
+            if SAVE:
+                own, mask = state_offsets(slot, head, first, part * NS, H, P, N, PB, NS)
+                tl.store(starts + own, state, mask=mask)
+        states = states + (state,)
 
     i = tl.arange(0, Q)
     for t in range(start, end, Q):
@@ -148,15 +156,22 @@ def _ssd_fwd_kernel(
         t64 = t + tl.full((), 0, tl.int64)
         step, _raw = steps_of_block(dt + t64 * stride_dt_t, stride_dt_t, real, bias, low, high, Q, SOFTPLUS, CLAMP)
         cum, rest, from_start, to_end, carry = block_decays(step * rate, number, seq_before, seq_last, EXACT, MARKS)
-        b_C = load_rows(C + t64 * stride_C_t, stride_C_t, real, 0, N, NB, Q).to(DTYPE)
-        b_B = load_rows(B + t64 * stride_B_t, stride_B_t, real, 0, N, NB, Q).to(DTYPE)
         b_x = load_rows(x + t64 * stride_x_t, stride_x_t, real, first, P, PB, Q)
-        scores = product(b_C, tl.trans(b_B), PRECISION)
-        scores *= inside_decays(cum, rest, number, Q, EXACT, MARKS, False) * step[None, :]
-        b_y = product(b_C, tl.trans(state.to(DTYPE)), PRECISION) * from_start[:, None]
-        b_y += product(scores.to(DTYPE), b_x.to(DTYPE), PRECISION)
         wide_x = b_x.to(tl.float32)
-        state = carry * state + product(tl.trans((wide_x * (step * to_end)[:, None]).to(DTYPE)), b_B, PRECISION)
+        inputs = tl.trans((wide_x * (step * to_end)[:, None]).to(DTYPE))
+        scores = tl.zeros((Q, Q), tl.float32)
+        b_y = tl.zeros((Q, PB), tl.float32)
+        after_block = ()
+        for part in tl.static_range(PARTS):
+            b_C = load_rows(C + t64 * stride_C_t, stride_C_t, real, part * NS, N, NS, Q).to(DTYPE)
+            b_B = load_rows(B + t64 * stride_B_t, stride_B_t, real, part * NS, N, NS, Q).to(DTYPE)
+            scores += product(b_C, tl.trans(b_B), PRECISION)
+            b_y += product(b_C, tl.trans(states[part].to(DTYPE)), PRECISION)
+            after_block = after_block + (carry * states[part] + product(inputs, b_B, PRECISION),)
+        states = after_block
+        scores *= inside_decays(cum, rest, number, Q, EXACT, MARKS, False) * step[None, :]
+        b_y *= from_start[:, None]
+        b_y += product(scores.to(DTYPE), b_x.to(DTYPE), PRECISION)
         if HAS_D:
             b_y += skip * wide_x
         if HAS_Z:
@@ -167,7 +182,9 @@ def _ssd_fwd_kernel(
         tl.store(y + t64 * (H * P) + i[:, None] * (H * P) + p[None, :], b_y, mask=inside)
 
     if FINAL:
-        tl.store(final + outer, state, mask=(mask & (after == 0)) != 0)
+        for part in tl.static_range(PARTS):
+            outer, mask = state_offsets(sequence, head, first, part * NS, H, P, N, PB, NS)
+            tl.store(final + outer, states[part], mask=(mask & (after == 0)) != 0)
 
 
 def ssd_forward(
@@ -231,6 +248,7 @@ def ssd_forward(
         SPLIT=plan.split,
         SAVE=starts is not None,
         FINAL=return_final_states,
+        NS=min(meta["NB"], PART_FP32) if plan.dtype == torch.float32 else meta["NB"],
         **tuning.options(),
     )
     return y, final, starts

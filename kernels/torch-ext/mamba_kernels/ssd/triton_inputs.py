@@ -39,8 +39,9 @@ __all__ = ["InputGradients", "launch_inputs"]
 INPUTS, INPUTS_FP32 = Tuning(warps=4, stages=1), Tuning(warps=8, stages=1)
 # most states that products take at once in 16 bits; how many at a time where there are more, and always in fp32
 WHOLE, PART, PART_FP32 = 128, 64, 32
-# heads that share the products of B and C
+# most heads that share the products of B and C, and how many programs there should be first
 HEADS_OF_PROGRAM = 4
+TARGET_PROGRAMS = 264
 
 
 class InputGradients(NamedTuple):
@@ -197,7 +198,7 @@ def _ssd_bwd_kernel(
             to_store = inside[:, None] & (p < P)[None, :]
             b_x = load_rows(x + wide_head * stride_x_h, stride_x_t, real, block * PB, P, PB, Q)
             b_dy = load_rows(dy + wide_head * stride_dy_h, stride_dy_t, real, block * PB, P, PB, Q)
-            offsets, mask = state_offsets(slot, head, block * PB, H, P, N, PB, NB)
+            offsets, mask = state_offsets(slot, head, block * PB, 0, H, P, N, PB, NB)
             if HAS_D:
                 if D_PER_CHANNEL:
                     skip = tl.load(D + head * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
@@ -324,7 +325,7 @@ def launch_inputs(
     x, D, z = operands.x, operands.D, operands.z
     blocks = entering.shape[0]
     heads = plan.heads // plan.groups
-    heads_of_program = min(heads, HEADS_OF_PROGRAM)
+    heads_of_program = max(1, min(heads, HEADS_OF_PROGRAM, blocks * plan.heads // TARGET_PROGRAMS))
     parts = ceil_div(heads, heads_of_program)
     shape = (plan.batch, plan.length, plan.heads, plan.head_dim)
     dx = x.new_empty(shape)

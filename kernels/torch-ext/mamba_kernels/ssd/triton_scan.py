@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from ..autograd import first_order_only
+from ..compiling import compile_together
 from ..dispatch import left_to_eager
 from ..packing import remembered, segments_and_valid
 from .eager import ssd_chunk_scan_eager
 from .triton_backward import ssd_backward
 from .triton_forward import ssd_forward
-from .triton_plan import Operands, plan_of
+from .triton_plan import Operands, Plan, plan_of
 
 __all__ = ["SSDChunkScanTritonFunction", "ssd_chunk_scan_triton"]
 
@@ -40,6 +41,7 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         operands = _operands(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, dt_softplus, dt_limit)
         plan = plan_of(operands)
+        _compile_kernels(operands, plan, True, return_final_states)
         y, final, starts = ssd_forward(operands, plan, True, return_final_states)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, starts)
         # zeros for the second output, where nobody asks for it, would be a launch
@@ -112,6 +114,28 @@ def _operands(
     )
 
 
+def _compile_kernels(operands: Operands, plan: Plan, differentiable: bool, return_final_states: bool) -> None:
+    """Have the kernels of a call ready: one after the other they take twice as long to compile."""
+    if torch.compiler.is_compiling():
+        return
+
+    def launch() -> None:
+        bounds = operands.cu_seqlens
+        # tables that nothing is written to are not to be remembered
+        given = operands if bounds is None else operands._replace(cu_seqlens=bounds.clone())
+        y, final, starts = ssd_forward(given, plan, differentiable, return_final_states)
+        if differentiable:
+            ssd_backward(given, plan, y, starts, final)
+
+    kinds = [value if value is None else value.dtype for value in operands[:9]]
+    per_channel = operands.D is not None and operands.D.dim() == 2
+    ways = (differentiable, return_final_states, plan.split, per_channel)
+    compile_together(
+        ("ssd_chunk_scan", operands.x.device, *plan.meta(operands).values(), *kinds, *ways),
+        launch,
+    )
+
+
 def ssd_chunk_scan_triton(
     x: Tensor,
     dt: Tensor,
@@ -167,5 +191,7 @@ def ssd_chunk_scan_triton(
         y, final = SSDChunkScanTritonFunction.apply(*floats, *options, return_final_states)
         return (y, final) if return_final_states else y
     operands = _operands(*floats, *options)
-    y, states, _ = ssd_forward(operands, plan_of(operands), False, return_final_states)
+    plan = plan_of(operands)
+    _compile_kernels(operands, plan, False, return_final_states)
+    y, states, _ = ssd_forward(operands, plan, False, return_final_states)
     return y if states is None else (y, states)

@@ -154,8 +154,8 @@ def _ssd_states_kernel(
         bias = tl.load(dt_bias + head).to(tl.float32)
 
     state = tl.zeros((PB, NB), tl.float32)
-    own, mask = state_offsets(slot, head, first, H, P, N, PB, NB)
-    outer, _mask = state_offsets(sequence, head, first, H, P, N, PB, NB)
+    own, mask = state_offsets(slot, head, first, 0, H, P, N, PB, NB)
+    outer, _mask = state_offsets(sequence, head, first, 0, H, P, N, PB, NB)
     if HAS_STARTS:
         # of each segment if there are several a sequence, else of the sequences
         begin = own if SPLIT else outer
@@ -165,7 +165,7 @@ def _ssd_states_kernel(
             state += tl.load(grad_final + outer, mask=(mask & reverse) != 0, other=0.0).to(tl.float32)
         if SPLIT:
             count = tl.where(reverse & (is_local == 0), after, 0)
-            state = chain_states(state, added, decay, slot, count, -1, head, first, H, P, N, PB, NB)
+            state = chain_states(state, added, decay, slot, count, -1, head, first, 0, H, P, N, PB, NB)
 
     kept = tl.full((), 1.0, tl.float32)
     blocks = tl.cdiv(end - start, Q).to(tl.int32)
@@ -185,7 +185,7 @@ def _ssd_states_kernel(
         weight = tl.where(reverse, from_start, step * to_end)
         vector = load_rows(vectors + t64 * stride_vector, stride_vector, real, 0, N, NB, Q).to(DTYPE)
         if not LOCAL or LOCAL == 2:
-            slot_of_block, _same = state_offsets(first_block + number_of_block, head, first, H, P, N, PB, NB)
+            slot_of_block, _same = state_offsets(first_block + number_of_block, head, first, 0, H, P, N, PB, NB)
             tl.store(keep + slot_of_block, state, mask=(mask & (is_local == 0)) != 0)
         value *= weight[:, None]
         weighted, rest_of_it = rounded(value, DTYPE)
