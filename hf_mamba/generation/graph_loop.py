@@ -22,7 +22,7 @@ from ..cache import ONE_NAME, RecurrentCache
 from ..cache_names import CACHE_NAMES
 from . import graphs
 from .prompt import Prompt
-from .prompt_graphs import MAX_TOKENS, RowPrompt, bucket
+from .prompt_graphs import MAX_TOKENS, PromptShape, RowPrompt, bucket, read_padded
 from .sampling import TokenSampler, processor_key
 
 __all__ = ["GraphLoop", "plan"]
@@ -61,59 +61,71 @@ class GraphLoop:
     host_criteria: list[Any]
     streamer: Any
 
-    def read(self, prompt: Prompt, cache: RecurrentCache) -> "Ready | None":
-        """Read a prompt by a graph, if one of its shape was read before.
+    def read(self, prompt: Prompt, cache: RecurrentCache) -> "tuple[Ready | None, Any]":
+        """Read a prompt padded to one of a few lengths; by a graph, if one of that length was read before.
 
         Args:
             prompt: what `cache` has not seen; anywhere padded.
-            cache: states to go on from, or none yet; not changed.
+            cache: states to go on from, or none yet.
 
         Returns:
-            None if the model has to be called; then nothing has changed.
+            What follows a graph, which leaves `cache` alone, or None; and, if there was no graph, the output of the model,
+            with the states in `cache`. (None, None) if nothing was read.
         """
         batch, columns = prompt.input_ids.shape
         if prompt.inputs_embeds is not None or prompt.position_ids is not None or cache.pending_length:
-            return None
+            return None, None
         if not takes_layouts(self.model):
-            return None
+            return None, None
         if batch * bucket(columns) > MAX_TOKENS or cache.batch_size not in (-1, batch):
-            return None
+            return None, None
         chunk = self.generation_config.prefill_chunk_size
         if chunk is not None and chunk < columns:
-            return None
+            return None, None
         rows = RowPrompt.of(prompt)
         if rows is None:
-            return None
-        fresh = cache.batch_size == -1
+            return None, None
+        seen = cache.get_seq_length() + columns
+        shape = rows.shape(fresh=cache.batch_size == -1)
         with torch.inference_mode(False), torch.no_grad(), graphs.CAPTURING:
             store = graphs.graphs_of(self.model)
-            if store is None:
-                return None
-            shape = rows.shape(fresh)
-            known = store.seen_before((batch, cache.ssm_dtype, shape))
-            step = store.step_for(cache, batch)
-            if step is None:
-                return None
-            # the graph for fewer tokens serves as well
-            padded = shape._replace(full=False)
-            if not known and shape not in step.prompts and padded in step.prompts:
-                shape = padded
-            if not known and shape not in step.prompts:
-                return None
-            ready = self._lock(store, step, prompt_length=cache.get_seq_length() + columns)
-            if ready is None:
-                return None
+            if store is None or PROMPTS in store.refused:
+                return None, None
+            ready = self._by_graph(store, rows, shape, cache, seen)
+        if ready is not None:
+            return ready, None
+        with torch.no_grad():
+            device = self.model.device
+            ids = torch.zeros(batch, shape.length, dtype=torch.int64, device=device)
+            lengths = torch.empty(batch, dtype=torch.int64, device=device)
+            rows.write(ids, lengths)
+            outputs = read_padded(self.model, cache, shape, ids, lengths)
+        cache._seen = seen
+        return None, outputs
+
+    def _by_graph(
+        self, store: graphs.Graphs, rows: RowPrompt, shape: PromptShape, cache: RecurrentCache, seen: int
+    ) -> "Ready | None":
+        """Replay a graph of this shape, if there is one or a prompt of this shape was read before."""
+        batch = rows.input_ids.shape[0]
+        known = store.seen_before((batch, cache.ssm_dtype, shape))
+        step = store.step_for(cache, batch)
+        if step is None or not (known or shape in step.prompts):
+            return None
+        ready = self._lock(store, step, seen)
+        if ready is None:
+            return None
+        try:
             graph = _attempt(store, PROMPTS, lambda: step.prompt(shape), "the prompt", again=False)
             if graph is None:
                 step.lock.release()
                 return None
-            try:
-                if not fresh:
-                    step.cache.copy_from(cache)
-                graph.read(rows)
-            except BaseException:
-                step.lock.release()
-                raise
+            if not shape.fresh:
+                step.cache.copy_from(cache)
+            graph.read(rows)
+        except BaseException:
+            step.lock.release()
+            raise
         return ready
 
     def take_over(self, prompt_logits: Tensor, cache: RecurrentCache, new_tokens: int) -> "Ready | None":

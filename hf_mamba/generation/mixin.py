@@ -123,9 +123,10 @@ class RecurrentGenerationMixin(GenerationMixin):
         if loop is not None:
             assert isinstance(cache, RecurrentCache)
             kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-            ready = loop.read(self._new_columns(input_ids, generation_config, model_kwargs), cache)
+            ready, outputs = loop.read(self._new_columns(input_ids, generation_config, model_kwargs), cache)
             if ready is None:
-                outputs = self._prefill(input_ids, generation_config, model_kwargs)
+                if outputs is None:
+                    outputs = self._prefill(input_ids, generation_config, model_kwargs)
                 ready = loop.take_over(outputs.logits[:, -1], cache, loop.max_length - input_ids.shape[1])
             if ready is not None:
                 return loop.run(ready, input_ids, cache, kept)
@@ -152,15 +153,15 @@ class RecurrentGenerationMixin(GenerationMixin):
         Returns:
             The output for the last piece, with the hidden states of all.
         """
-        read = model_kwargs.pop(PREFILLED, None)
-        if read is not None:
-            return read
         cache = _given_cache(model_kwargs)
-        prompt = self._new_columns(input_ids, generation_config, model_kwargs, is_first_iteration).left_padded()
         eos = getattr(generation_config, "_eos_token_tensor", None)
         returned = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         if isinstance(cache, RecurrentCache) and returned and eos is not None and len(input_ids) > 1:
             model_kwargs[ENDS] = eos, input_ids.shape[1]
+        read = model_kwargs.pop(PREFILLED, None)
+        if read is not None:
+            return read
+        prompt = self._new_columns(input_ids, generation_config, model_kwargs, is_first_iteration).left_padded()
         if generation_config.prefill_chunk_size is not None and cache is None:
             raise ValueError(
                 "`prefill_chunk_size` needs a cache to carry the states from piece to piece; drop `use_cache=False`."

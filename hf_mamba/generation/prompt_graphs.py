@@ -1,8 +1,12 @@
-"""CUDA graphs of reading a prompt into the states of a decoding step.
+"""Reading a prompt that is padded to one of a few lengths, by a CUDA graph into the states of a decoding step.
 
 Launched one by one, the kernels for a short prompt take the host many times as long as the GPU. There is a graph for each of
-a few lengths, and a prompt is padded up to the next of them. Padding comes after the real tokens of each row, where it reaches
-neither a convolution window nor a state, as in `hf_mamba.sequences`.
+a few lengths. The first prompt of a length is read without a graph, but padded in the same way: it runs, and compiles, the
+kernels that will be captured when the next one comes.
+
+Padding stands in front of the real tokens. Without a state to go on from, it is enough that its embedding and its B are 0:
+then nothing of it reaches a convolution window or a state. Otherwise, and where projections have biases, the tokens are
+moved to the front and the padding behind them is told by `seq_idx`, as in `hf_mamba.sequences`.
 
 Symbols: B batch, L length of a graph, V vocabulary, d model width.
 """
@@ -22,23 +26,21 @@ from ..cache import RecurrentCache
 from ..sequences import SequenceLayout
 from .prompt import Prompt
 
-__all__ = ["MAX_TOKENS", "PromptGraph", "PromptShape", "RowPrompt", "bucket"]
+__all__ = ["MAX_TOKENS", "PromptGraph", "PromptShape", "RowPrompt", "bucket", "read_padded"]
 
 # tokens of a batch, padding included; beyond them a GPU is kept busy by single launches, and what is computed on the way would
 # take more memory (0.4 GB for 2.8 B parameters in half precision, once for all graphs of a device)
 MAX_TOKENS = 2**12
-# shorter prompts are padded to this
-SHORTEST = 16
+# every length is a multiple of this
+STEP = 16
 
 
 def bucket(length: int) -> int:
-    """The length of the graph for prompts of `length` tokens: 16, 20, 24, 28, 32, 40, 48, …, with four steps to a doubling.
+    """The padded length of prompts of `length` tokens: 16, 32, 48, 64, …, 128, 160, 192, 224, 256, 320, 384, …
 
-    At most a fifth of the result is padding, but for very short prompts.
+    From 64 on there are four to a doubling, so that at most a fifth is padding.
     """
-    if length <= SHORTEST:
-        return SHORTEST
-    step = 1 << ((length - 1).bit_length() - 3)
+    step = max(STEP, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step
 
 
@@ -58,7 +60,7 @@ class PromptShape(NamedTuple):
 
 @dataclass(frozen=True)
 class RowPrompt:
-    """A prompt with the real tokens of each row first.
+    """A prompt with the real tokens of each row last.
 
     Attributes:
         input_ids: (B, n), or more columns than that.
@@ -86,13 +88,21 @@ class RowPrompt:
             return None
         if min(counts) == ids.shape[1]:
             return cls(ids, None, ids.shape[1], True)
-        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+        order = real.to(torch.int8).argsort(dim=1, stable=True)
         return cls(ids.gather(1, order), lengths, max(counts), min(counts) == max(counts))
 
     def shape(self, fresh: bool) -> PromptShape:
-        """The shape of a graph that suits this prompt best."""
+        """The shape to read it in."""
         length = bucket(self.longest)
         return PromptShape(length, self.equal and self.longest == length, fresh)
+
+    def write(self, ids: Tensor, lengths: Tensor) -> None:
+        """Put the tokens at the end of the rows of `ids` (B, L), and their numbers into `lengths` (B,)."""
+        ids[:, ids.shape[1] - self.longest :].copy_(self.input_ids[:, self.input_ids.shape[1] - self.longest :])
+        if self.lengths is None:
+            lengths.fill_(self.longest)
+        else:
+            lengths.copy_(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -101,15 +111,40 @@ class LastTokens(SequenceLayout):
 
     Attributes:
         last: (B,) int64, where that is; None = in the last column.
+        real: (B, L) bool, False at padding in front of the rows; None = no padding there.
     """
 
     last: Tensor | None = None
+    real: Tensor | None = None
+
+    def align(self, values: Tensor) -> Tensor:
+        """`values` (B, L, d), 0 at padding in front."""
+        return values if self.real is None else values * self.real[..., None]
 
     def restore(self, values: Tensor) -> Tensor:
         """(B, 1, …) of `values` (B, L, …)."""
         if self.last is None:
             return values[:, -1:]
         return values.take_along_dim(self.last.view(-1, *(1,) * (values.dim() - 1)), dim=1)
+
+
+def read_padded(model: Any, cache: RecurrentCache, shape: PromptShape, ids: Tensor, lengths: Tensor) -> Any:
+    """The output of `model`, with logits (B, 1, V), for a prompt that `RowPrompt.write` has written."""
+    length = shape.length
+    if shape.full:
+        layout = LastTokens()
+    else:
+        positions = torch.arange(length, device=ids.device)
+        padding = length - lengths[:, None]
+        if shape.fresh and model.base_model.pads_in_front():
+            layout = LastTokens(real=positions >= padding)
+        else:
+            ids = ids.gather(1, (positions + padding) % length)
+            seq_idx = torch.where(positions < lengths[:, None], 0, -1).to(torch.int32)
+            # made by every replay, so what the layers share of what they derive from it is as well
+            remember_while_captured(seq_idx)
+            layout = LastTokens(seq_idx=seq_idx, last=lengths - 1)
+    return model(input_ids=ids, cache=cache, layout=layout, return_dict=True)
 
 
 class PromptGraph:
@@ -123,7 +158,7 @@ class PromptGraph:
         capture: `graphs.capture`.
 
     Attributes:
-        ids: (B, L) int64, the real tokens of each row first; the rest is any token.
+        ids: (B, L) int64, the real tokens of each row last; the rest is any token.
         lengths: (B,) int64, real tokens of each row.
     """
 
@@ -135,7 +170,7 @@ class PromptGraph:
         batch = logits.shape[0]
         self.ids = torch.zeros(batch, shape.length, dtype=torch.int64, device=logits.device)
         self.lengths = torch.full((batch,), shape.length, dtype=torch.int64, device=logits.device)
-        # one run before capturing: the model has read prompts before
+        # one run before capturing: prompts of this shape were read before
         self.graph = capture(self._forward, logits.device, warm_ups=1)
 
     @property
@@ -145,28 +180,14 @@ class PromptGraph:
 
     def read(self, prompt: RowPrompt) -> None:
         """Leave the states and the logits after `prompt` in the decoding step."""
-        count = min(prompt.input_ids.shape[1], self.shape.length)
-        self.ids[:, :count].copy_(prompt.input_ids[:, :count])
-        if not self.shape.full:
-            if prompt.lengths is None:
-                self.lengths.fill_(prompt.longest)
-            else:
-                self.lengths.copy_(prompt.lengths)
+        prompt.write(self.ids, self.lengths)
         self.graph.replay()
 
     def _forward(self) -> None:
         model = self.model()
         assert model is not None
-        if self.shape.full:
-            layout = LastTokens()
-        else:
-            positions = torch.arange(self.shape.length, device=self.ids.device)
-            seq_idx = torch.where(positions < self.lengths[:, None], 0, -1).to(torch.int32)
-            # made by every replay, so what the layers share of what they derive from it is as well
-            remember_while_captured(seq_idx)
-            layout = LastTokens(seq_idx=seq_idx, last=self.lengths - 1)
         with _without_states(self.cache) if self.shape.fresh else nullcontext():
-            outputs = model(input_ids=self.ids, cache=self.cache, layout=layout, return_dict=True)
+            outputs = read_padded(model, self.cache, self.shape, self.ids, self.lengths)
         self.logits.copy_(outputs.logits[:, -1])
 
 

@@ -77,13 +77,21 @@ class SelectiveScanMixer(nn.Module):
         context = self.conv1d.kernel_size[0] - 1
         return (self.intermediate_size, context), (self.intermediate_size, self.ssm_state_size)
 
-    def forward(self, hidden_states: Tensor, cache: Cache | None = None, seq_idx: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: Cache | None = None,
+        seq_idx: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
         """Mix over time.
 
         Args:
             hidden_states: (B, L, d).
             cache: states to continue from and to update, or None.
             seq_idx: (B, L), sequence numbers, trailing negatives = padding; None = one sequence a row.
+            real: (B, L, 1) in the dtype of `hidden_states`, 0 at padding in front of a row and 1 behind, where
+                `hidden_states` is 0 at padding and there is no state yet; see `pads_in_front`. Without gradients only.
         """
         x, z = project(self.in_proj, hidden_states).chunk(2, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
@@ -111,7 +119,7 @@ class SelectiveScanMixer(nn.Module):
         )
         if cache is not None:
             x, final_conv_state = x
-        dt, B, C, dt_bias = self._ssm_parameters(x)
+        dt, B, C, dt_bias = self._ssm_parameters(x, real)
         y = selective_scan(
             x,
             dt,
@@ -133,9 +141,16 @@ class SelectiveScanMixer(nn.Module):
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.float())
 
-    def _ssm_parameters(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    @property
+    def pads_in_front(self) -> bool:
+        """Whether padding in front of a row that is 0 goes through as 0, with B = 0 there, and leaves no trace in the states."""
+        return all(is_plain_linear(linear) and linear.bias is None for linear in (self.in_proj, self.out_proj))
+
+    def _ssm_parameters(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dt (…, D), B and C (…, N), and the time-step bias if it is not in dt yet."""
         parameters = self.x_proj(x)
+        if real is not None:
+            parameters = parameters.mul_(real)
         dt, B, C = parameters.split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
         if self.parameter_norm_eps is not None:
             dt, B, C = (rms_norm(value, None, eps=self.parameter_norm_eps) for value in (dt, B, C))

@@ -14,6 +14,7 @@ from mamba_kernels import ssd_chunk_scan, ssd_state_update
 
 from ..cache_layer import read_states, write_states
 from .convolution import CausalConv1d
+from .linear import is_plain_linear
 from .norms import GatedRMSNorm
 from .projection import project
 from .selective_scan import can_step, initial_dt_bias
@@ -74,13 +75,21 @@ class SSDMixer(nn.Module):
         context = self.conv1d.kernel_size[0] - 1
         return (self.conv_dim, context), (self.num_heads, self.head_dim, self.ssm_state_size)
 
-    def forward(self, hidden_states: Tensor, cache: Cache | None = None, seq_idx: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: Cache | None = None,
+        seq_idx: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
         """Mix over time.
 
         Args:
             hidden_states: (B, L, d).
             cache: states to continue from and to update, or None.
             seq_idx: (B, L), sequence numbers, trailing negatives = padding; None = one sequence a row.
+            real: (B, L, 1) in the dtype of `hidden_states`, 0 at padding in front of a row and 1 behind, where
+                `hidden_states` is 0 at padding and there is no state yet; see `pads_in_front`. Without gradients only.
         """
         widths = [self.intermediate_size, self.conv_dim, self.num_heads]
         z, xBC, dt = project(self.in_proj, hidden_states).split(widths, dim=-1)
@@ -110,6 +119,8 @@ class SSDMixer(nn.Module):
         if cache is not None:
             xBC, final_conv_state = xBC
         x, B, C = self._split(xBC)
+        if real is not None:
+            B.mul_(real[..., None])
         y = ssd_chunk_scan(
             x,
             dt,
@@ -128,6 +139,11 @@ class SSDMixer(nn.Module):
             y, final_ssm_state = y
             write_states(cache, self.layer_idx, final_conv_state, final_ssm_state)
         return project(self.out_proj, self.norm(y.flatten(-2), z))
+
+    @property
+    def pads_in_front(self) -> bool:
+        """Whether padding in front of a row that is 0 goes through as 0, with B = 0 there, and leaves no trace in the states."""
+        return all(is_plain_linear(linear) and linear.bias is None for linear in (self.in_proj, self.out_proj))
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (…, H, P), B and C (…, G, N) out of the convolution's output."""

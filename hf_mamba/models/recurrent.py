@@ -342,6 +342,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             layout = self._layout(
                 inputs_embeds, padding, replayed, position_ids, seq_idx, same_lengths(cu_seq_lens_q, cu_seq_lens_k)
             )
+        elif isinstance(cache, RecurrentCache):
+            cache.begin(inputs_embeds, None)
         grouped: SequenceLayout = layout
 
         def finish(values: Tensor) -> Tensor:
@@ -379,7 +381,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         do not.
         """
         if not output_hidden_states and self._streams(hidden_states, cache):
-            return self._run_stream(hidden_states, cache, layout.seq_idx), None, {}
+            return self._run_stream(hidden_states, cache, layout), None, {}
         collected: list[Tensor] | None = [] if output_hidden_states else None
         for layer in self.layers:
             if collected is not None:
@@ -391,7 +393,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         return hidden_states, collected, {}
 
     def _streams(self, hidden_states: Tensor, cache: Cache | None) -> bool:
-        """Whether several tokens go through blocks that do nothing but norm, mixer and sum, in one dtype, without gradients.
+        """Whether several tokens without gradients go through plain blocks.
 
         Steps of one token and those of a draft have ways of their own, inside of the blocks.
         """
@@ -399,20 +401,38 @@ class RecurrentModel(RecurrentPreTrainedModel):
             return False
         if getattr(cache, "recording", False) or getattr(cache, "verifying", False):
             return False
-        dtype = hidden_states.dtype
+        return self._has_plain_blocks(hidden_states.dtype, hidden_states.device)
+
+    def _has_plain_blocks(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the blocks do nothing but norm, mixer and sum, in one dtype."""
         return (
             # in fp64, the blocks take the norm of more digits than the residual stream keeps
             dtype != torch.float64
-            and not torch.is_autocast_enabled(hidden_states.device.type)
+            and not torch.is_autocast_enabled(device.type)
             and _is_plain_norm(self.norm_f, dtype)
             and all(map(_has_forward_of_block, {type(layer) for layer in self.layers}))
             and all(_is_unhooked(layer) and _is_plain_norm(layer.norm, dtype) for layer in self.layers)
         )
 
-    def _run_stream(self, hidden_states: Tensor, cache: Cache | None, seq_idx: Tensor | None) -> Tensor:
+    def pads_in_front(self) -> bool:
+        """Whether a `layout` may have padding in front of rows that have no state yet, and say so in `real`.
+
+        That takes the same kernels as rows without padding; `seq_idx` takes others, and more of them.
+        """
+        weight: Any = getattr(self.embeddings, "weight", None)
+        return (
+            weight is not None
+            and type(self).run_layers is RecurrentModel.run_layers
+            and self._has_plain_blocks(weight.dtype, weight.device)
+            and all(getattr(layer.mixer, "pads_in_front", False) for layer in self.layers)
+        )
+
+    def _run_stream(self, hidden_states: Tensor, cache: Cache | None, layout: SequenceLayout) -> Tensor:
         """Blocks and final norm, where each norm adds what the mixer before it has made: one launch in place of three."""
         residual: Tensor | None = None
         update, plain = hidden_states, hidden_states.dtype
+        real = getattr(layout, "real", None)
+        options = {} if real is None else {"real": real[..., None].to(plain)}
         for layer in self.layers:
             block: Any = layer
             dtype = torch.float32 if block.residual_in_fp32 else update.dtype if residual is None else residual.dtype
@@ -420,7 +440,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 update, residual, block.norm.weight, eps=block.norm.variance_epsilon, residual_dtype=dtype
             )
             # a projection that is no plain one may have a dtype of its own
-            update = block.mixer(normed if normed.dtype == plain else normed.to(plain), cache=cache, seq_idx=seq_idx)
+            normed = normed if normed.dtype == plain else normed.to(plain)
+            update = block.mixer(normed, cache=cache, seq_idx=layout.seq_idx, **options)
         norm: Any = self.norm_f
         return add_rms_norm(update, residual, norm.weight, eps=norm.variance_epsilon)[0].to(plain)
 
