@@ -35,6 +35,17 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "strided-and-little-workspace": {"strided": True, "workspace": 1},
     "no-gradient-of-y": {"length": 5, "without": "y"},
     "no-gradient-of-states": {"length": 5, "without": "final_states"},
+    "whole-tiles": {"length": 8, "width": 4, "initial": True},
+    "whole-tiles-whole-sequences": {"length": 8, "width": 4, "split": False},
+    "sums-by-products": {
+        "dtype": torch.float16,
+        "batch": 1,
+        "length": 24,
+        "width": 34,
+        "channels": 32,
+        "tile": 8,
+        "chunk": 16,
+    },
     "fp16-words": {"dtype": torch.float16, "length": 5},
 }
 
@@ -108,6 +119,7 @@ def run_toy_case(
     size: int = 4,
     groups: int | None = None,
     channels: int = 4,
+    tile: int = 2,
     chunk: int = 4,
     split: bool = True,
     registers: int = 16,
@@ -121,8 +133,10 @@ def run_toy_case(
     """One entry of TOY_CASES, with programs small enough to have several of everything."""
     forward = importlib.import_module(PACKAGE + "triton_forward")
     backward = importlib.import_module(PACKAGE + "triton_backward")
-    tuning = forward.Tuning(channels=channels, tile=2)
-    forward.FORWARD = forward.CHUNK_STATES = backward.BACKWARD = backward.SWEEP = tuning
+    chain = importlib.import_module(PACKAGE + "triton_chain")
+    tuning = forward.Tuning(channels=channels, tile=tile)
+    forward.FORWARD = chain.CHUNK_STATES = backward.BACKWARD = backward.SWEEP = backward.GRADIENT_SWEEP = tuning
+    forward.LARGEST_TILE = tile
     forward.SHORTEST_CHUNK = forward.LONGEST_CHUNK = chunk
     forward.UNSPLIT_PROGRAMS = 1 << 30 if split else 0
     forward.FORWARD_REGISTER_STATES = registers

@@ -5,12 +5,79 @@ from torch import Tensor
 from ..checks import check_dtype, check_same_device, check_shape, check_tensor
 from ..dispatch import on_device, select
 from ..packing import check_packing
+from ..signatures import once_per_signature
 from .eager import selective_scan_eager
 from .reference import selective_scan_ref
 
 __all__ = ["selective_scan"]
 
 OP = "selective_scan"
+
+
+@once_per_signature
+def _check_operands(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    for name, value in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C)):
+        check_tensor(OP, name, value)
+        check_dtype(OP, name, value)
+    if x.dim() != 3:
+        raise ValueError(f"{OP}: `x` must have shape (B, L, D), got {tuple(x.shape)}.")
+    batch, length, channels = x.shape
+    check_shape(OP, "dt", dt, (batch, length, channels), "(B, L, D)")
+    check_shape(OP, "A", A, (channels, None), "(D, N)")
+    size = A.shape[1]
+    if B.dim() == 4:
+        groups = B.shape[2]
+        if groups == 0 or channels % groups != 0:
+            raise ValueError(
+                f"{OP}: the number of groups must divide the number of channels, got {groups} groups in `B` and "
+                f"{channels} channels in `x`."
+            )
+        check_shape(OP, "B", B, (batch, length, groups, size), "(B, L, G, N)")
+        check_shape(OP, "C", C, (batch, length, groups, size), "(B, L, G, N)")
+    else:
+        check_shape(OP, "B", B, (batch, length, size), "(B, L, N)")
+        check_shape(OP, "C", C, (batch, length, size), "(B, L, N)")
+    for name, weight in (("D", D), ("dt_bias", dt_bias)):
+        if weight is not None:
+            check_tensor(OP, name, weight)
+            check_dtype(OP, name, weight)
+            check_shape(OP, name, weight, (channels,), "(D,)")
+    if z is not None:
+        check_tensor(OP, "z", z)
+        check_dtype(OP, "z", z, (x.dtype,))
+        check_shape(OP, "z", z, (batch, length, channels), "(B, L, D)")
+    n_states = check_packing(OP, batch, length, seq_idx, cu_seqlens)
+    if initial_states is not None:
+        check_tensor(OP, "initial_states", initial_states)
+        check_dtype(OP, "initial_states", initial_states)
+        legend = "(B, D, N)" if cu_seqlens is None else "(n, D, N)"
+        check_shape(OP, "initial_states", initial_states, (n_states, channels, size), legend)
+    check_same_device(
+        OP,
+        ("x", x),
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def selective_scan(
@@ -71,56 +138,10 @@ def selective_scan(
         >>> y.shape, states.shape
         (torch.Size([2, 10, 6]), torch.Size([2, 6, 4]))
     """
-    for name, value in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C)):
-        check_tensor(OP, name, value)
-        check_dtype(OP, name, value)
-    if x.dim() != 3:
-        raise ValueError(f"{OP}: `x` must have shape (B, L, D), got {tuple(x.shape)}.")
-    batch, length, channels = x.shape
-    check_shape(OP, "dt", dt, (batch, length, channels), "(B, L, D)")
-    check_shape(OP, "A", A, (channels, None), "(D, N)")
-    size = A.shape[1]
-    if B.dim() == 4:
-        groups = B.shape[2]
-        if groups == 0 or channels % groups != 0:
-            raise ValueError(
-                f"{OP}: the number of groups must divide the number of channels, got {groups} groups in `B` and "
-                f"{channels} channels in `x`."
-            )
-        check_shape(OP, "B", B, (batch, length, groups, size), "(B, L, G, N)")
-        check_shape(OP, "C", C, (batch, length, groups, size), "(B, L, G, N)")
-    else:
-        check_shape(OP, "B", B, (batch, length, size), "(B, L, N)")
-        check_shape(OP, "C", C, (batch, length, size), "(B, L, N)")
-    for name, weight in (("D", D), ("dt_bias", dt_bias)):
-        if weight is not None:
-            check_tensor(OP, name, weight)
-            check_dtype(OP, name, weight)
-            check_shape(OP, name, weight, (channels,), "(D,)")
-    if z is not None:
-        check_tensor(OP, "z", z)
-        check_dtype(OP, "z", z, (x.dtype,))
-        check_shape(OP, "z", z, (batch, length, channels), "(B, L, D)")
-    n_states = check_packing(OP, batch, length, seq_idx, cu_seqlens)
-    if initial_states is not None:
-        check_tensor(OP, "initial_states", initial_states)
-        check_dtype(OP, "initial_states", initial_states)
-        legend = "(B, D, N)" if cu_seqlens is None else "(n, D, N)"
-        check_shape(OP, "initial_states", initial_states, (n_states, channels, size), legend)
-    check_same_device(
-        OP,
-        ("x", x),
-        dt=dt,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        cu_seqlens=cu_seqlens,
-    )
+    _check_operands(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
+    if cu_seqlens is not None:
+        # what it holds may differ each time
+        check_packing(OP, x.shape[0], x.shape[1], seq_idx, cu_seqlens)
     # forcing it works before OPS says that it is chosen by itself
     name = select(OP, x.device)
     if name == "triton":

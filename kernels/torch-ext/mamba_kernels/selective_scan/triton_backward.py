@@ -7,9 +7,16 @@ With g_t = dL/dy_t silu(z_t) and dh_t the whole gradient of the state h_t (see `
     ddelta = A . (dh_t a_t h_{t-1}) + x_t (B_t . dh_t)
     dA     = sum over t of dh_t a_t h_{t-1} delta_t  dx_t = delta_t (B_t . dh_t) + D g_t
 
-The forward kept the state before each chunk. A program takes BD channels of one chunk: it walks forward once to write down
-the state before each tile of K tokens, then goes backward tile by tile, with the tile's states in registers. Sums over
-channels and over chunks are partial sums in memory that a second kernel adds up in a fixed order. Symbols: `triton_common`.
+The forward kept the state before each chunk. `triton_sweep` walks forward once more and writes down the state before each tile
+of K tokens; then a program takes BD channels of one chunk and goes backward tile by tile, with the tile's states in registers.
+Sums over channels and over chunks are partial sums in memory that a second kernel adds up in a fixed order. Symbols:
+`triton_common`.
+
+Sums over the channels of a program are a third of all work if they are made by shuffles, so for 16-bit operands they are matrix
+products. A thread has 8 tokens of one channel for each of dB and dC: 16 numbers, to be summed over 32 threads. As the second
+operand of a product of tensor cores, thread 4 g + t has rows t and column g, so that a product with a matrix of zeros and ones
+(`pick`) sums over t and leaves 16 x 8 numbers; a second one (`place`) sums over g and puts each state in its column. Nothing
+moves between threads for that.
 """
 
 import torch
@@ -17,10 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+from .triton_chain import launch_chain, pass_states
 from .triton_common import (
     LOG2_E,
+    Plan,
+    ScanInputs,
+    Tuning,
+    ceil_div,
+    channels_of,
     chunk_bounds,
-    combine,
     decay_of,
     load_projection,
     load_tile,
@@ -33,106 +46,21 @@ from .triton_common import (
     tokens_of_tile,
     wide,
 )
-from .triton_forward import REGISTER_STATES, Plan, ScanInputs, Tuning, launch_chain
+from .triton_sweep import launch_tile_states
 
 __all__ = ["scan_backward"]
 
 BACKWARD = Tuning(channels=32, tile=8)
-# the walk before it; its tile divides that of the backward
+# the walk before it, and states of a program there; its tile divides that of the backward
 SWEEP = Tuning(channels=64, tile=8)
+SWEEP_STATES = 16
+# the same when it makes the gradients of the chunks, too
+GRADIENT_SWEEP = Tuning(channels=64, tile=8)
+GRADIENT_STATES = 8
 # states that the backward works on at a time
 PARTS = 4
 # the states before each tile are written for as many chunks at a time as fit in this many bytes
 WORKSPACE_BYTES = 1 << 29
-
-
-@scan_kernel
-def _tile_states_kernel(
-    x,
-    dt,
-    A_t,
-    B,
-    dt_bias,
-    flags,
-    table,
-    starts,
-    tile_states,
-    stride_x_b,
-    stride_x_t,
-    stride_x_d,
-    stride_dt_b,
-    stride_dt_t,
-    stride_dt_d,
-    stride_B_b,
-    stride_B_t,
-    stride_B_g,
-    stride_B_n,
-    length,
-    channels,
-    chunk,
-    n_chunks,
-    first_slot,
-    N: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BD: tl.constexpr,
-    K: tl.constexpr,
-    NS: tl.constexpr,
-    EVERY: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    FLAGS: tl.constexpr,
-    VARLEN: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Write the state before every `EVERY` tiles of K tokens to `tile_states` (slots, tiles, N, D), NS states at a time."""
-    group_size = channels // GROUPS
-    blocks = tl.cdiv(group_size, BD)
-    pid = tl.program_id(0).to(tl.int64)
-    n = (pid % (N // NS)).to(tl.int32) * NS
-    pid = pid // (N // NS)
-    block = (pid % (blocks * GROUPS)).to(tl.int32)
-    local_slot = pid // (blocks * GROUPS)
-    slot = local_slot + first_slot
-    row, state, start, end, _is_first, _is_last = chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN)
-    if state < 0:
-        return
-    group = block // blocks
-    within = (block % blocks) * BD + tl.arange(0, BD)
-    mask = within < group_size
-    d = (group * group_size + within).to(tl.int64)
-    bias = tl.zeros((BD,), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(tl.float32)
-    x += row * stride_x_b
-    dt += row * stride_dt_b
-    B += row * stride_B_b + group.to(tl.int64) * stride_B_g
-    flags += row * length
-    starts += slot * N * channels
-    tile_states += local_slot * tl.cdiv(chunk, K * EVERY) * N * channels
-    k = tl.arange(0, K)[:, None]
-    A_n = ()
-    h = ()
-    for j in tl.static_range(NS):
-        A_n = A_n + (tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E,)
-        h = h + (tl.load(starts + (n + j) * channels + d, mask=mask, other=0.0),)
-    for i in range(0, tl.cdiv(end - start, K)):
-        if i % EVERY == 0:
-            for j in tl.static_range(NS):
-                tl.store(tile_states + (wide(i // EVERY) * N + n + j) * channels + d, h[j], mask=mask)
-        t = start + i * K + k
-        real, reset = tokens_of_tile(flags, t, end, FLAGS)
-        inside = real & mask[None, :]
-        delta = steps_of_tile(load_tile(dt, t, stride_dt_t, d * stride_dt_d, inside), bias, real, SOFTPLUS)
-        u = delta * load_tile(x, t, stride_x_t, d * stride_x_d, inside).to(tl.float32)
-        B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NS, PACKED)
-        ends = ()
-        for j in tl.static_range(NS):
-            decay = decay_of(delta, A_n[j], reset, FLAGS)
-            b = u * B_n[j]
-            b = tl.where(k == 0, decay * h[j] + b, b)
-            _product, states = tl.associative_scan((decay, b), 0, combine)
-            ends = ends + (row_of(states, k, K - 1),)
-        h = ends
 
 
 @triton.jit
@@ -148,6 +76,24 @@ def _gradients(a1, others1, sent1, dh1, a2, others2, sent2, dh2):
     `others` is the product of all decays but the last.
     """
     return a1 * a2, a1 * others2, a2 * sent1 + sent2, others2 * sent1 + dh2
+
+
+@triton.jit
+def _sums_of_fours(for_B, for_C, pick, K: tl.constexpr, BD: tl.constexpr):
+    """(2 K, 8) sums of two tiles (K, BD) over 4 neighbouring channels and over channels that are 32 apart; B's tokens first."""
+    pair = tl.join(for_B, for_C).reshape(K // 4, 2, 2, BD // 32, 8, 4, 2)
+    pair = pair.permute(3, 6, 0, 5, 1, 2, 4).reshape(2 * K * BD // 8, 8)
+    return tl.dot(pick, pair.to(pick.dtype), input_precision="tf32")
+
+
+@triton.jit
+def _sums_of_eights(parts, place, K: tl.constexpr, NP: tl.constexpr):
+    """(2 K, 8): the sums over the columns of NP results of `_sums_of_fours`, one in each column."""
+    if NP == 2:
+        both = tl.join(parts[0], parts[1]).permute(0, 2, 1)
+    else:
+        both = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])).permute(0, 2, 3, 1)
+    return tl.dot(both.reshape(2 * K, 8 * NP), place, input_precision="tf32")
 
 
 @scan_kernel
@@ -174,23 +120,25 @@ def _selective_scan_bwd_kernel(
     grad_z,
     grad_initial,
     stride_x_b,
-    stride_x_t,
+    stride_x_t: tl.constexpr,
     stride_x_d,
     stride_dt_b,
-    stride_dt_t,
+    stride_dt_t: tl.constexpr,
     stride_dt_d,
+    stride_A_n,
+    stride_A_d,
     stride_z_b,
-    stride_z_t,
+    stride_z_t: tl.constexpr,
     stride_z_d,
     stride_y_b,
-    stride_y_t,
+    stride_y_t: tl.constexpr,
     stride_y_d,
     stride_B_b,
-    stride_B_t,
+    stride_B_t: tl.constexpr,
     stride_B_g,
     stride_B_n,
     stride_C_b,
-    stride_C_t,
+    stride_C_t: tl.constexpr,
     stride_C_g,
     stride_C_n,
     length,
@@ -203,8 +151,9 @@ def _selective_scan_bwd_kernel(
     GROUPS: tl.constexpr,
     BD: tl.constexpr,
     K: tl.constexpr,
+    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
     NP: tl.constexpr,
-    NB: tl.constexpr,
     MATRIX_SUMS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -217,18 +166,14 @@ def _selective_scan_bwd_kernel(
     VARLEN: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    group_size = channels // GROUPS
-    blocks = tl.cdiv(group_size, BD)
+    blocks = tl.cdiv(channels // GROUPS, BD)
     pid = tl.program_id(0).to(tl.int64)
     block = (pid % (blocks * GROUPS)).to(tl.int32)
     local_slot = pid // (blocks * GROUPS)
     slot = local_slot + first_slot
     row, state, start, end, is_first, _is_last = chunk_bounds(table, slot, length, chunk, n_chunks, VARLEN)
 
-    group = block // blocks
-    within = (block % blocks) * BD + tl.arange(0, BD)
-    mask = within < group_size
-    d = (group * group_size + within).to(tl.int64)
+    group, d, mask = channels_of(block, channels, GROUPS, BD, EVEN)
     # rows of `sums` (slots, N + 2, D): dA, then the gradients of D and of dt_bias
     sums += slot * (N + 2) * channels + d
     grad_h += slot * N * channels + d
@@ -251,15 +196,15 @@ def _selective_scan_bwd_kernel(
         bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(tl.float32)
     if HAS_D:
         skip = tl.load(D + d, mask=mask, other=0.0).to(tl.float32)
-    x += row * stride_x_b
-    dt += row * stride_dt_b
-    z += row * stride_z_b
-    grad_y += row * stride_y_b
+    x += row * stride_x_b + d * stride_x_d
+    dt += row * stride_dt_b + d * stride_dt_d
+    z += row * stride_z_b + d * stride_z_d
+    grad_y += row * stride_y_b + d * stride_y_d
     B += row * stride_B_b + group.to(tl.int64) * stride_B_g
     C += row * stride_C_b + group.to(tl.int64) * stride_C_g
     flags += row * length
     tile_states += local_slot * tl.cdiv(chunk, K) * N * channels
-    outputs = row * length * channels
+    outputs = row * length * channels + d[None, :]
     # `grad_projections` (blocks, 2, B, L, G, N): partial sums of dB and dC
     projections = wide(batch) * length * GROUPS * N
     grad_B = grad_projections + (block % blocks).to(tl.int64) * 2 * projections + (row * length * GROUPS + group) * N
@@ -270,24 +215,31 @@ def _selective_scan_bwd_kernel(
     grad_bias = zeros
     k = tl.arange(0, K)[:, None]
     token = tl.arange(0, K)
+    if MATRIX_SUMS:
+        # rounding to bf16 is far below the rounding of bf16 operands
+        SUM_TYPE: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
+        pair_row = tl.arange(0, 2 * K)[:, None]
+        lane = tl.arange(0, 2 * K * BD // 8)[None, :]
+        pick = (pair_row == (lane // 16) % (K // 2) * 4 + lane % 4).to(SUM_TYPE)
+        column = tl.arange(0, 8)[None, :]
+        place = (column == tl.arange(0, 8 * NP)[:, None] // 8).to(tl.float32)
+        sum_place = wide(pair_row % K) * (GROUPS * N) + (pair_row // K) * projections + column
+        sum_mask = column < NP
     h = ()
     for j in tl.static_range(NP):
         last_tile = tile_states + (wide(tl.maximum(n_tiles - 1, 0)) * N + j) * channels + d
         h = h + (tl.load(last_tile, mask=mask, other=0.0),)
     for reverse in range(0, n_tiles):
         i = n_tiles - 1 - reverse
-        t = start + i * K + k
-        real, reset = tokens_of_tile(flags, t, end, FLAGS)
+        begin = start + i * K
+        t = begin + k
+        within, real, reset = tokens_of_tile(flags, t, end, FLAGS, WHOLE)
         inside = real & mask[None, :]
-        v = load_tile(dt, t, stride_dt_t, d * stride_dt_d, inside).to(tl.float32)
-        delta = steps_of_tile(v, bias, real, SOFTPLUS)
-        x_tile = load_tile(x, t, stride_x_t, d * stride_x_d, inside)
-        u = delta * x_tile.to(tl.float32)
-        y_tile = load_tile(grad_y, t, stride_y_t, d * stride_y_d, inside)
-        g = y_tile.to(tl.float32)
+        delta = steps_of_tile(load_tile(dt, begin, k, stride_dt_t, inside), bias, real, SOFTPLUS)
+        u = delta * load_tile(x, begin, k, stride_x_t, inside).to(tl.float32)
+        g = load_tile(grad_y, begin, k, stride_y_t, inside).to(tl.float32)
         if HAS_Z:
-            z_tile = load_tile(z, t, stride_z_t, d * stride_z_d, inside)
-            silu, _sigmoid = silu_parts(z_tile.to(tl.float32))
+            silu, _sigmoid = silu_parts(load_tile(z, begin, k, stride_z_t, inside).to(tl.float32))
             g *= silu
         scanned = tl.zeros((K, BD), tl.float32)
         grad_u = tl.zeros((K, BD), tl.float32)
@@ -295,95 +247,91 @@ def _selective_scan_bwd_kernel(
         projection = wide(start + i * K + token) * (GROUPS * N)
         within_chunk = start + i * K + token < end
 
-        # the rounding of these products is far below that of 16-bit operands
-        SUM_TYPE: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
-        for first in range(0, N, NB):
-            summed = tl.zeros((2 * K, NB), tl.float32)
-            for n in range(first, tl.minimum(first + NB, N), NP):
-                B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NP, PACKED)
-                C_n = load_projection(C, t, stride_C_t, stride_C_n, n, real, NP, PACKED)
-                # all loads go out before the first of them is needed, and before stores that they may not pass
-                A_n = ()
-                dh = ()
-                dA = ()
-                for j in tl.static_range(NP):
-                    A_n = A_n + (tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E,)
-                    dh = dh + (tl.load(grad_h + (n + j) * channels, mask=mask, other=0.0),)
-                    dA = dA + (tl.load(sums + (n + j) * channels, mask=mask, other=0.0),)
-                # the states come from far: those of the next round are asked for now
-                next_n = tl.where(n + NP < N, n + NP, 0)
-                next_i = tl.where(n + NP < N, i, tl.maximum(i - 1, 0))
-                next_h = ()
-                for j in tl.static_range(NP):
-                    next_tile = tile_states + (wide(next_i) * N + next_n + j) * channels + d
-                    next_h = next_h + (tl.load(next_tile, mask=mask, other=0.0),)
-                sent_on = ()
-                grad_A = ()
-                for j in tl.static_range(NP):
-                    decay = decay_of(delta, A_n[j], reset, FLAGS)
-                    before = tl.where(k == 0, decay * h[j], 0.0)
-                    _product, states, kept = tl.associative_scan((decay, u * B_n[j] + before, before), 0, _states)
-                    scanned += states * C_n[j]
-                    for_C = states * g
-                    if not MATRIX_SUMS:
-                        tl.store(grad_C + projection + n + j, tl.sum(for_C, 1), mask=within_chunk)
-
-                    decay = tl.flip(decay, 0)
-                    own = tl.flip(g * C_n[j], 0)
-                    own = tl.where(k == 0, own + dh[j], own)
-                    ones = tl.full((K, BD), 1.0, tl.float32)
-                    _product, _others, sent, grad_states = tl.associative_scan(
-                        (decay, ones, decay * own, own), 0, _gradients
-                    )
-                    sent_on = sent_on + (row_of(sent, k, K - 1),)
-                    grad_states = tl.flip(grad_states, 0)
-                    for_B = grad_states * u
-                    if MATRIX_SUMS:
-                        pair = tl.permute(tl.join(for_B, for_C), (2, 0, 1)).reshape(2 * K, BD).to(SUM_TYPE)
-                        column = tl.full((BD, NB), 0, tl.int32) + tl.arange(0, NB)[None, :]
-                        summed = tl.dot(pair, (column == n + j - first).to(SUM_TYPE), summed, input_precision="tf32")
-                    else:
-                        tl.store(grad_B + projection + n + j, tl.sum(for_B, 1), mask=within_chunk)
-                    grad_u += grad_states * B_n[j]
-                    # the gradient of delta A
-                    exponent = grad_states * kept
-                    grad_step += exponent * A_n[j]
-                    grad_A = grad_A + (dA[j] + tl.sum(exponent * delta, 0),)
-                h = next_h
-                for j in tl.static_range(NP):
-                    tl.store(grad_h + (n + j) * channels, sent_on[j], mask=mask)
-                    tl.store(sums + (n + j) * channels, grad_A[j], mask=mask)
-            if MATRIX_SUMS:
-                pair_row = tl.arange(0, 2 * K)
-                columns = first + tl.arange(0, NB)
-                place = wide(start + i * K + pair_row % K) * (GROUPS * N) + (pair_row // K) * projections
-                kept_row = start + i * K + pair_row % K < end
-                tl.store(
-                    grad_B + place[:, None] + columns[None, :],
-                    summed,
-                    mask=kept_row[:, None] & (columns[None, :] < N),
+        for n in range(0, N, NP):
+            B_n = load_projection(B, begin, k, stride_B_t, stride_B_n, n, real, NP, PACKED)
+            C_n = load_projection(C, begin, k, stride_C_t, stride_C_n, n, real, NP, PACKED)
+            # all loads go out before the first of them is needed, and before stores that they may not pass
+            A_n = ()
+            dh = ()
+            dA = ()
+            for j in tl.static_range(NP):
+                A_n = A_n + (
+                    tl.load(A_t + wide(n + j) * stride_A_n + d * stride_A_d, mask=mask, other=0.0).to(tl.float32)
+                    * LOG2_E,
                 )
+                dh = dh + (tl.load(grad_h + (n + j) * channels, mask=mask, other=0.0),)
+                dA = dA + (tl.load(sums + (n + j) * channels, mask=mask, other=0.0),)
+            # the states come from far: those of the next round are asked for now
+            next_n = tl.where(n + NP < N, n + NP, 0)
+            next_i = tl.where(n + NP < N, i, tl.maximum(i - 1, 0))
+            next_h = ()
+            for j in tl.static_range(NP):
+                next_tile = tile_states + (wide(next_i) * N + next_n + j) * channels + d
+                next_h = next_h + (tl.load(next_tile, mask=mask, other=0.0),)
+            sent_on = ()
+            grad_A = ()
+            fours = ()
+            for j in tl.static_range(NP):
+                decay = decay_of(delta, A_n[j], reset, FLAGS)
+                before = tl.where(k == 0, decay * h[j].to(tl.float32), 0.0)
+                _product, states, kept = tl.associative_scan((decay, u * B_n[j] + before, before), 0, _states)
+                scanned += states * C_n[j]
+                for_C = states * g
 
-        offsets = outputs + t.to(tl.int64) * channels + d
-        inside = mask[None, :] & (t < end)
-        x_f = x_tile.to(tl.float32)
+                decay = tl.flip(decay, 0)
+                own = tl.flip(g * C_n[j], 0)
+                own = tl.where(k == 0, own + dh[j], own)
+                ones = tl.full((K, BD), 1.0, tl.float32)
+                _product, _others, sent, grad_states = tl.associative_scan(
+                    (decay, ones, decay * own, own), 0, _gradients
+                )
+                sent_on = sent_on + (row_of(sent, k, K - 1),)
+                grad_states = tl.flip(grad_states, 0)
+                for_B = grad_states * u
+                if MATRIX_SUMS:
+                    fours = fours + (_sums_of_fours(for_B, for_C, pick, K, BD),)
+                else:
+                    tl.store(grad_B + projection + n + j, tl.sum(for_B, 1), mask=within_chunk)
+                    tl.store(grad_C + projection + n + j, tl.sum(for_C, 1), mask=within_chunk)
+                grad_u += grad_states * B_n[j]
+                # the gradient of delta A
+                exponent = grad_states * kept
+                grad_step += exponent * A_n[j]
+                grad_A = grad_A + (dA[j] + tl.sum(exponent * delta, 0),)
+            h = next_h
+            for j in tl.static_range(NP):
+                tl.store(grad_h + (n + j) * channels, sent_on[j], mask=mask)
+                tl.store(sums + (n + j) * channels, grad_A[j], mask=mask)
+            if MATRIX_SUMS:
+                summed = _sums_of_eights(fours, place, K, NP)
+                kept_row = sum_mask
+                if not WHOLE:
+                    kept_row = sum_mask & (begin + pair_row % K < end)
+                tl.store(grad_B + sum_place + wide(begin) * (GROUPS * N) + n, summed, mask=kept_row)
+
+        # what lies near is read again, so that registers are free in between
+        offsets = (outputs + wide(begin) * channels) + (k.to(tl.int64) * channels)
+        written = mask[None, :] & within
+        x_tile = load_tile(x, begin, k, stride_x_t, inside).to(tl.float32)
         dx = grad_u * delta + skip * g
-        tl.store(grad_x + offsets, dx.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(grad_x + offsets, dx.to(grad_x.dtype.element_ty), mask=written)
         if HAS_D:
-            grad_skip += tl.sum(g * x_f, 0)
+            grad_skip += tl.sum(g * x_tile, 0)
         # grad_step was summed with A / ln 2
-        ddelta = grad_step * (1.0 / LOG2_E) + grad_u * x_f
+        ddelta = grad_step * (1.0 / LOG2_E) + grad_u * x_tile
         if SOFTPLUS:
             # the derivative of softplus, sigmoid(v), is exp(v - softplus(v))
-            ddelta *= tl.exp2((v + bias - delta) * LOG2_E)
+            v = load_tile(dt, begin, k, stride_dt_t, inside).to(tl.float32) + bias
+            ddelta *= tl.exp2((v - delta) * LOG2_E)
         ddelta = tl.where(real, ddelta, 0.0)
         grad_bias += tl.sum(ddelta, 0)
-        tl.store(grad_dt + offsets, ddelta.to(grad_dt.dtype.element_ty), mask=inside)
+        tl.store(grad_dt + offsets, ddelta.to(grad_dt.dtype.element_ty), mask=written)
         if HAS_Z:
-            z_f = z_tile.to(tl.float32)
-            silu, sigmoid = silu_parts(z_f)
-            dz = y_tile.to(tl.float32) * (scanned + skip * x_f) * (sigmoid + silu * (1.0 - sigmoid))
-            tl.store(grad_z + offsets, dz.to(grad_z.dtype.element_ty), mask=inside)
+            y_tile = load_tile(grad_y, begin, k, stride_y_t, inside).to(tl.float32)
+            z_tile = load_tile(z, begin, k, stride_z_t, inside).to(tl.float32)
+            silu, sigmoid = silu_parts(z_tile)
+            dz = y_tile * (scanned + skip * x_tile) * (sigmoid + silu * (1.0 - sigmoid))
+            tl.store(grad_z + offsets, dz.to(grad_z.dtype.element_ty), mask=written)
 
     tl.store(sums + N * channels, grad_skip, mask=mask)
     tl.store(sums + (N + 1) * channels, grad_bias, mask=mask)
@@ -423,13 +371,8 @@ def scan_backward(
     x, z = inputs.x, inputs.z
     device = x.device
     chained = plan.n_chunks > 1
-    if chained:
-        grad_h = launch_chain(inputs, plan, table, grad_final, grad_y=grad_y)
-    else:
-        grad_h = torch.empty_like(starts)
     tuning = BACKWARD
-    blocks = triton.cdiv(plan.channels // plan.groups, tuning.channels)
-    parts = state_parts(plan.size, PARTS)
+    blocks = ceil_div(plan.channels // plan.groups, tuning.channels)
     sums = torch.empty((plan.n_slots, plan.size + 2, plan.channels), dtype=torch.float32, device=device)
     partials = torch.empty(
         (blocks, 2, plan.batch, plan.length, plan.groups, plan.size), dtype=torch.float32, device=device
@@ -440,16 +383,37 @@ def scan_backward(
     grad_z = None if z is None else torch.empty(shape, dtype=z.dtype, device=device)
     initial = inputs.initial_states
     grad_initial = None if initial is None else torch.empty_like(initial)
+    # contiguous, so that neighbouring threads read neighbouring channels
+    inputs = inputs._replace(A_t=inputs.A_t.contiguous())
     placeholder = inputs.A_t
 
     half = all(value.dtype in (torch.bfloat16, torch.float16) for value in (x, inputs.B, inputs.C))
-    n_tiles = triton.cdiv(plan.chunk, tuning.tile)
-    at_once = max(1, WORKSPACE_BYTES // (4 * n_tiles * plan.size * plan.channels))
-    at_once = triton.cdiv(plan.n_slots, triton.cdiv(plan.n_slots, at_once))
-    tile_states = torch.empty((at_once, n_tiles, plan.size, plan.channels), dtype=torch.float32, device=device)
+    exact = any(value.dtype != torch.bfloat16 for value in (x, inputs.B, inputs.C))
+    n_tiles = ceil_div(plan.chunk, tuning.tile)
+    at_once = max(1, WORKSPACE_BYTES // ((4 if exact else 2) * n_tiles * plan.size * plan.channels))
+    at_once = ceil_div(plan.n_slots, ceil_div(plan.n_slots, at_once))
+    tile_states = torch.empty(
+        (at_once, n_tiles, plan.size, plan.channels), dtype=torch.float32 if exact else torch.bfloat16, device=device
+    )
+    together = chained and at_once == plan.n_slots
+    if together:
+        grad_h, passed = starts.new_empty((2, *starts.shape)).unbind(0)
+        parts = state_parts(plan.size, GRADIENT_STATES)
+        sweep = (tile_states, 0, tuning.tile, GRADIENT_SWEEP, parts)
+        launch_tile_states(inputs, plan, table, starts, *sweep, grad_y, grad_h, passed)
+        pass_states(inputs, plan, table, grad_final, grad_h, passed, True)
+    elif chained:
+        grad_h = launch_chain(inputs, plan, table, grad_final, grad_y=grad_y)
+    else:
+        grad_h = torch.empty_like(starts)
     for first_slot in range(0, plan.n_slots, at_once):
-        _launch_tile_states(inputs, plan, table, starts, tile_states, first_slot)
-        _selective_scan_bwd_kernel[(min(at_once, plan.n_slots - first_slot) * plan.groups * blocks,)](
+        if not together:
+            sweep = (tile_states, first_slot, tuning.tile, SWEEP, state_parts(plan.size, SWEEP_STATES))
+            launch_tile_states(inputs, plan, table, starts, *sweep)
+        parts = state_parts(plan.size, PARTS)
+        launch(
+            _selective_scan_bwd_kernel,
+            (min(at_once, plan.n_slots - first_slot) * plan.groups * blocks,),
             x,
             inputs.dt,
             inputs.A_t,
@@ -473,6 +437,7 @@ def scan_backward(
             placeholder if grad_initial is None else grad_initial,
             *x.stride(),
             *inputs.dt.stride(),
+            *inputs.A_t.stride(),
             *strides_or_zeros(z, 3),
             *grad_y.stride(),
             *strides_or_zeros(inputs.B, 4),
@@ -487,9 +452,10 @@ def scan_backward(
             GROUPS=plan.groups,
             BD=tuning.channels,
             K=tuning.tile,
+            WHOLE=plan.whole,
+            EVEN=plan.channels // plan.groups % tuning.channels == 0,
             NP=parts,
-            NB=max(16, parts),
-            MATRIX_SUMS=half,
+            MATRIX_SUMS=half and parts in (2, 4) and tuning.tile % 4 == 0 and tuning.channels % 32 == 0,
             HAS_D=inputs.D is not None,
             HAS_Z=z is not None,
             HAS_BIAS=inputs.dt_bias is not None,
@@ -499,7 +465,7 @@ def scan_backward(
             HAS_INITIAL=grad_initial is not None,
             FLAGS=inputs.flags is not None,
             VARLEN=table is not None,
-            PACKED=plan.packed and parts % 4 == 0,
+            PACKED=plan.packed and parts % 2 == 0,
             **tuning.options(),
         )
 
@@ -518,55 +484,15 @@ def scan_backward(
     )
 
 
-def _launch_tile_states(
-    inputs: ScanInputs, plan: Plan, table: Tensor | None, starts: Tensor, tile_states: Tensor, first_slot: int
-) -> None:
-    """Fill `tile_states` (slots, tiles, N, D) for the chunks from `first_slot` on."""
-    tuning = SWEEP
-    parts = state_parts(plan.size, REGISTER_STATES)
-    blocks = plan.groups * triton.cdiv(plan.channels // plan.groups, tuning.channels)
-    slots = min(tile_states.shape[0], plan.n_slots - first_slot)
-    placeholder = inputs.A_t
-    _tile_states_kernel[(slots * blocks * (plan.size // parts),)](
-        inputs.x,
-        inputs.dt,
-        inputs.A_t,
-        inputs.B,
-        placeholder if inputs.dt_bias is None else inputs.dt_bias,
-        placeholder if inputs.flags is None else inputs.flags,
-        placeholder if table is None else table,
-        starts,
-        tile_states,
-        *inputs.x.stride(),
-        *inputs.dt.stride(),
-        *strides_or_zeros(inputs.B, 4),
-        plan.length,
-        plan.channels,
-        plan.chunk,
-        plan.n_chunks,
-        first_slot,
-        N=plan.size,
-        GROUPS=plan.groups,
-        BD=tuning.channels,
-        K=tuning.tile,
-        NS=parts,
-        EVERY=BACKWARD.tile // tuning.tile,
-        HAS_BIAS=inputs.dt_bias is not None,
-        SOFTPLUS=inputs.dt_softplus,
-        FLAGS=inputs.flags is not None,
-        VARLEN=table is not None,
-        PACKED=plan.packed and parts % 4 == 0,
-        **tuning.options(),
-    )
-
-
 def _sum_projections(partials: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of B and C from their partial sums (blocks, 2, B, L, G, N)."""
     dtype = B.dtype if B.dtype == C.dtype else torch.float32
     total = torch.empty((2, *B.shape), dtype=dtype, device=B.device)
     size = total.numel()
     block = 512
-    _sum_partials_kernel[(triton.cdiv(size, block),)](
+    launch(
+        _sum_partials_kernel,
+        (ceil_div(size, block),),
         partials,
         total,
         partials.shape[0],

@@ -9,95 +9,54 @@ A program scans BD channels of one chunk of time, one token after the other, wit
 channels alone do not fill the device, chunks are made independent first: see `triton_common`, which also has the symbols.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+from .triton_chain import chunk_table, launch_chain
 from .triton_common import (
     LOG2_E,
+    Plan,
+    ScanInputs,
+    Tuning,
+    ceil_div,
+    channels_of,
     chunk_bounds,
-    chunk_states_kernel,
-    chunk_table,
     combine,
     decay_of,
     load_projection,
     load_tile,
-    pass_states_kernel,
+    load_words,
     row_of,
+    scalars_of,
     scan_kernel,
     silu_parts,
     state_parts,
     steps_of_tile,
     strides_or_zeros,
     tokens_of_tile,
+    wide,
 )
 
-__all__ = ["Plan", "ScanInputs", "launch_chain", "plan_of", "scan_forward"]
-
-
-class Tuning(NamedTuple):
-    """How a pass over the sequence is laid out."""
-
-    channels: int  # BD, channels of a program
-    tile: int  # K, tokens loaded at a time
-    registers: int = 0  # most of a thread, 0 for no limit; only NVIDIA's compiler takes one
-
-    def options(self) -> dict[str, int]:
-        """Launch options: programs are single warps, and loads are scheduled by hand."""
-        options = {"num_warps": 1, "num_stages": 1}
-        if self.registers and torch.version.cuda is not None:
-            options["maxnreg"] = self.registers
-        return options
+__all__ = ["plan_of", "scan_forward"]
 
 
 # measured on an H100; see docs/performance.md
 FORWARD = Tuning(channels=64, tile=4)
-CHUNK_STATES = Tuning(channels=64, tile=4)
 # states up to this many live in registers through a whole chunk, more of them are parked in memory between tiles
-REGISTER_STATES = 16
 FORWARD_REGISTER_STATES = 16
 FORWARD_PARTS = 4
 # programs that fill the device, as far as the sequence can be cut; chunks are of these lengths
 TARGET_PROGRAMS = 2048
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 1024
+# whether B and C of a tile are on their way while the tile before is computed
+AHEAD = True
 # with at least this many programs the forward walks through whole sequences instead of cutting them
 UNSPLIT_PROGRAMS = 1024
-PASS_BLOCK = 64
-
-
-class ScanInputs(NamedTuple):
-    """The operands of a scan, and what was derived from its packing."""
-
-    x: Tensor  # (B, L, D)
-    dt: Tensor  # (B, L, D)
-    A_t: Tensor  # (N, D) fp32
-    B: Tensor  # (B, L, N) or (B, L, G, N)
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    initial_states: Tensor | None  # (S, D, N), contiguous
-    flags: Tensor | None  # (B, L) int8, with seq_idx: bits RESET and REAL
-    cu_seqlens: Tensor | None
-    dt_softplus: bool
-
-
-class Plan(NamedTuple):
-    """Sizes of a scan and how its time is cut."""
-
-    batch: int
-    length: int
-    channels: int
-    size: int  # N
-    groups: int
-    chunk: int
-    n_chunks: int  # of a row
-    n_slots: int
-    split: bool  # whether the forward scans chunks by themselves, too
-    packed: bool  # whether B and C can be read four numbers at a time
+# tiles of all kernels divide this
+LARGEST_TILE = 8
 
 
 @triton.jit
@@ -142,20 +101,22 @@ def _selective_scan_fwd_kernel(
     final,
     y,
     stride_x_b,
-    stride_x_t,
+    stride_x_t: tl.constexpr,
     stride_x_d,
     stride_dt_b,
-    stride_dt_t,
+    stride_dt_t: tl.constexpr,
     stride_dt_d,
+    stride_A_n,
+    stride_A_d,
     stride_z_b,
-    stride_z_t,
+    stride_z_t: tl.constexpr,
     stride_z_d,
     stride_B_b,
-    stride_B_t,
+    stride_B_t: tl.constexpr,
     stride_B_g,
     stride_B_n,
     stride_C_b,
-    stride_C_t,
+    stride_C_t: tl.constexpr,
     stride_C_g,
     stride_C_n,
     length,
@@ -168,6 +129,8 @@ def _selective_scan_fwd_kernel(
     GROUPS: tl.constexpr,
     BD: tl.constexpr,
     K: tl.constexpr,
+    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
     NP: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -180,9 +143,9 @@ def _selective_scan_fwd_kernel(
     FLAGS: tl.constexpr,
     VARLEN: tl.constexpr,
     PACKED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    group_size = channels // GROUPS
-    blocks = tl.cdiv(group_size, BD)
+    blocks = tl.cdiv(channels // GROUPS, BD)
     pid = tl.program_id(0).to(tl.int64)
     block = (pid % (blocks * GROUPS)).to(tl.int32)
     slot = pid // (blocks * GROUPS)
@@ -190,24 +153,21 @@ def _selective_scan_fwd_kernel(
     if state < 0:
         return
 
-    group = block // blocks
-    within = (block % blocks) * BD + tl.arange(0, BD)
-    mask = within < group_size
+    group, d, mask = channels_of(block, channels, GROUPS, BD, EVEN)
     k = tl.arange(0, K)[:, None]
-    d = (group * group_size + within).to(tl.int64)
     bias = tl.zeros((BD,), tl.float32)
     skip = tl.zeros((BD,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(tl.float32)
     if HAS_D:
         skip = tl.load(D + d, mask=mask, other=0.0).to(tl.float32)
-    x += row * stride_x_b
-    dt += row * stride_dt_b
-    z += row * stride_z_b
+    x += row * stride_x_b + d * stride_x_d
+    dt += row * stride_dt_b + d * stride_dt_d
+    z += row * stride_z_b + d * stride_z_d
     B += row * stride_B_b + group.to(tl.int64) * stride_B_g
     C += row * stride_C_b + group.to(tl.int64) * stride_C_g
     flags += row * length
-    y += row * length * channels
+    y += row * length * channels + d
     parked += slot * N * channels
     n_tiles = tl.cdiv(end - start, K)
 
@@ -216,7 +176,7 @@ def _selective_scan_fwd_kernel(
     h = ()
     if NP == N:
         for m in tl.static_range(N):
-            A_n = A_n + (tl.load(A_t + m * channels + d, mask=mask, other=0.0) * LOG2_E,)
+            A_n = A_n + (tl.load(A_t + m * stride_A_n + d * stride_A_d, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
             h = h + (
                 _first_state(starts, initial, slot, state, m, d, mask, channels, N, FROM_STARTS, HAS_INITIAL, BD),
             )
@@ -226,24 +186,34 @@ def _selective_scan_fwd_kernel(
             tl.store(parked + m * channels + d, h_n, mask=mask)
 
     t = start + k
-    real, reset = tokens_of_tile(flags, t, end, FLAGS)
-    next_dt = load_tile(dt, t, stride_dt_t, d * stride_dt_d, real & mask[None, :])
-    next_x = load_tile(x, t, stride_x_t, d * stride_x_d, real & mask[None, :])
+    _within, real, reset = tokens_of_tile(flags, t, end, FLAGS, WHOLE)
+    next_dt = load_tile(dt, start, k, stride_dt_t, real & mask[None, :])
+    next_x = load_tile(x, start, k, stride_x_t, real & mask[None, :])
     next_z = next_x
     if HAS_Z:
-        next_z = load_tile(z, t, stride_z_t, d * stride_z_d, real & mask[None, :])
+        next_z = load_tile(z, start, k, stride_z_t, real & mask[None, :])
+    if AHEAD:
+        next_B = load_words(B, start, k, stride_B_t, stride_B_n, 0, real, NP, PACKED)
+        next_C = load_words(C, start, k, stride_C_t, stride_C_n, 0, real, NP, PACKED)
     for i in range(0, n_tiles):
-        t = start + i * K + k
+        begin = start + i * K
+        t = begin + k
         dt_tile, x_tile, z_tile = next_dt, next_x, next_z
-        real, reset = tokens_of_tile(flags, t, end, FLAGS)
+        within, real, reset = tokens_of_tile(flags, t, end, FLAGS, WHOLE)
         # the next tile is on its way while this one is computed
-        later, _later_reset = tokens_of_tile(flags, t + K, end, FLAGS)
-        later = later & mask[None, :]
-        next_dt = load_tile(dt, t + K, stride_dt_t, d * stride_dt_d, later)
-        next_x = load_tile(x, t + K, stride_x_t, d * stride_x_d, later)
+        following = tl.minimum(begin + K, end - K) if WHOLE else begin + K
+        _later, soon, _later_reset = tokens_of_tile(flags, following + k, end, FLAGS, WHOLE)
+        later = soon & mask[None, :]
+        next_dt = load_tile(dt, following, k, stride_dt_t, later)
+        next_x = load_tile(x, following, k, stride_x_t, later)
         next_z = next_x
         if HAS_Z:
-            next_z = load_tile(z, t + K, stride_z_t, d * stride_z_d, later)
+            next_z = load_tile(z, following, k, stride_z_t, later)
+
+        if AHEAD:
+            words_B, words_C = next_B, next_C
+            next_B = load_words(B, following, k, stride_B_t, stride_B_n, 0, soon, NP, PACKED)
+            next_C = load_words(C, following, k, stride_C_t, stride_C_n, 0, soon, NP, PACKED)
 
         delta = steps_of_tile(dt_tile, bias, real, SOFTPLUS)
         u = delta * x_tile.to(tl.float32)
@@ -260,15 +230,22 @@ def _selective_scan_fwd_kernel(
                             entry + m * channels, tl.load(parked + m * channels + d, mask=mask, other=0.0), mask=mask
                         )
         for n in range(0, N, NP):
-            B_n = load_projection(B, t, stride_B_t, stride_B_n, n, real, NP, PACKED)
-            C_n = load_projection(C, t, stride_C_t, stride_C_n, n, real, NP, PACKED)
+            if AHEAD:
+                B_n = scalars_of(words_B, NP, PACKED, B.dtype.element_ty)
+                C_n = scalars_of(words_C, NP, PACKED, C.dtype.element_ty)
+            else:
+                B_n = load_projection(B, begin, k, stride_B_t, stride_B_n, n, real, NP, PACKED)
+                C_n = load_projection(C, begin, k, stride_C_t, stride_C_n, n, real, NP, PACKED)
             ends = ()
             for j in tl.static_range(NP):
                 if NP == N:
                     a_n = A_n[j]
                     h_n = h[j]
                 else:
-                    a_n = tl.load(A_t + (n + j) * channels + d, mask=mask, other=0.0) * LOG2_E
+                    a_n = (
+                        tl.load(A_t + wide(n + j) * stride_A_n + d * stride_A_d, mask=mask, other=0.0).to(tl.float32)
+                        * LOG2_E
+                    )
                     h_n = tl.load(parked + (n + j) * channels + d, mask=mask, other=0.0)
                 decay = decay_of(delta, a_n, reset, FLAGS)
                 b = u * B_n[j]
@@ -286,8 +263,8 @@ def _selective_scan_fwd_kernel(
             out *= silu
         if FLAGS:
             out = tl.where(real, out, 0.0)
-        rows = y + t.to(tl.int64) * channels
-        tl.store(rows + d, out.to(y.dtype.element_ty), mask=mask[None, :] & (t < end))
+        rows = (y + wide(begin) * channels)[None, :] + k.to(tl.int64) * channels
+        tl.store(rows, out.to(y.dtype.element_ty), mask=mask[None, :] & within)
 
     if FINAL:
         if is_last:
@@ -304,12 +281,12 @@ def plan_of(inputs: ScanInputs) -> Plan:
     """Cut time so that about TARGET_PROGRAMS programs can work at once, if the sequence is long enough."""
     batch, length, channels = inputs.x.shape
     groups = 1 if inputs.B.dim() == 3 else inputs.B.shape[2]
-    programs = batch * groups * triton.cdiv(channels // groups, FORWARD.channels)
+    programs = batch * groups * ceil_div(channels // groups, FORWARD.channels)
     chunk = SHORTEST_CHUNK
-    while chunk < LONGEST_CHUNK and programs * triton.cdiv(length, 2 * chunk) >= TARGET_PROGRAMS:
+    while chunk < LONGEST_CHUNK and programs * ceil_div(length, 2 * chunk) >= TARGET_PROGRAMS:
         chunk *= 2
     if inputs.cu_seqlens is None:
-        n_chunks = triton.cdiv(length, chunk)
+        n_chunks = ceil_div(length, chunk)
         n_slots = batch * n_chunks
         split = n_chunks > 1 and programs < UNSPLIT_PROGRAMS
     else:
@@ -325,6 +302,7 @@ def plan_of(inputs: ScanInputs) -> Plan:
         n_chunks=n_chunks,
         n_slots=n_slots,
         split=split,
+        whole=inputs.cu_seqlens is None and inputs.flags is None and length % LARGEST_TILE == 0,
         packed=_can_be_packed(inputs.B) and _can_be_packed(inputs.C),
     )
 
@@ -342,82 +320,6 @@ def _can_be_packed(value: Tensor) -> bool:
         and all(stride % 4 == 0 for stride in outer)
         and value.storage_offset() % 4 == 0
     )
-
-
-def launch_chain(
-    inputs: ScanInputs,
-    plan: Plan,
-    table: Tensor | None,
-    outer: Tensor | None,
-    grad_y: Tensor | None = None,
-) -> Tensor:
-    """The state that enters each chunk, (slots, N, D) fp32; with `grad_y` the gradient of the state that leaves it.
-
-    `outer` (sequences, D, N): initial states, or the gradient of the final states.
-    """
-    backward = grad_y is not None
-    values = inputs.x if grad_y is None else grad_y
-    gates = inputs.z if backward else None
-    vector = inputs.C if backward else inputs.B
-    states, decay = torch.empty(
-        (2, plan.n_slots, plan.size, plan.channels), dtype=torch.float32, device=inputs.x.device
-    ).unbind(0)
-    parts = state_parts(plan.size, REGISTER_STATES)
-    tuning = CHUNK_STATES
-    blocks = plan.groups * triton.cdiv(plan.channels // plan.groups, tuning.channels)
-    placeholder = inputs.A_t
-    chunk_states_kernel[(plan.n_slots * blocks * (plan.size // parts),)](
-        values,
-        placeholder if gates is None else gates,
-        inputs.dt,
-        inputs.A_t,
-        vector,
-        placeholder if inputs.dt_bias is None else inputs.dt_bias,
-        placeholder if inputs.flags is None else inputs.flags,
-        placeholder if table is None else table,
-        states,
-        decay,
-        *values.stride(),
-        *strides_or_zeros(gates, 3),
-        *inputs.dt.stride(),
-        *strides_or_zeros(vector, 4),
-        plan.length,
-        plan.channels,
-        plan.chunk,
-        plan.n_chunks,
-        N=plan.size,
-        GROUPS=plan.groups,
-        BD=tuning.channels,
-        K=tuning.tile,
-        NP=parts,
-        HAS_GATE=gates is not None,
-        HAS_BIAS=inputs.dt_bias is not None,
-        SOFTPLUS=inputs.dt_softplus,
-        FLAGS=inputs.flags is not None,
-        VARLEN=table is not None,
-        PACKED=plan.packed and parts % 4 == 0,
-        BACKWARD=backward,
-        **tuning.options(),
-    )
-    rows = 1 if table is not None else plan.batch
-    pass_states_kernel[(rows * plan.size * triton.cdiv(plan.channels, PASS_BLOCK),)](
-        states,
-        decay,
-        placeholder if outer is None else outer,
-        placeholder if table is None else table,
-        plan.length,
-        plan.channels,
-        plan.chunk,
-        plan.n_chunks,
-        N=plan.size,
-        BD=PASS_BLOCK,
-        UNROLL=8,
-        HAS_OUTER=outer is not None,
-        VARLEN=table is not None,
-        BACKWARD=backward,
-        num_warps=1,
-    )
-    return states
 
 
 def scan_forward(
@@ -447,8 +349,10 @@ def scan_forward(
     parked = placeholder
     if not in_registers:
         parked = x.new_empty((programs, plan.size, plan.channels), dtype=torch.float32)
-    blocks = plan.groups * triton.cdiv(plan.channels // plan.groups, tuning.channels)
-    _selective_scan_fwd_kernel[(programs * blocks,)](
+    blocks = plan.groups * ceil_div(plan.channels // plan.groups, tuning.channels)
+    launch(
+        _selective_scan_fwd_kernel,
+        (programs * blocks,),
         x,
         inputs.dt,
         inputs.A_t,
@@ -466,6 +370,7 @@ def scan_forward(
         y,
         *x.stride(),
         *inputs.dt.stride(),
+        *inputs.A_t.stride(),
         *strides_or_zeros(inputs.z, 3),
         *strides_or_zeros(inputs.B, 4),
         *strides_or_zeros(inputs.C, 4),
@@ -479,6 +384,8 @@ def scan_forward(
         GROUPS=plan.groups,
         BD=tuning.channels,
         K=tuning.tile,
+        WHOLE=plan.whole,
+        EVEN=plan.channels // plan.groups % tuning.channels == 0,
         NP=parts,
         HAS_D=inputs.D is not None,
         HAS_Z=inputs.z is not None,
@@ -491,6 +398,7 @@ def scan_forward(
         FLAGS=inputs.flags is not None,
         VARLEN=table is not None,
         PACKED=plan.packed and parts % 4 == 0,
+        AHEAD=AHEAD and in_registers and plan.packed and parts % 4 == 0,
         **tuning.options(),
     )
     return y, final, table, starts

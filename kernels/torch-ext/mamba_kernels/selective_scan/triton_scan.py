@@ -1,5 +1,6 @@
 """The Triton selective scan as a differentiable op: `selective_scan_triton`."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 from ..autograd import first_order_only
 from ..compiling import compile_together
 from ..dispatch import left_to_eager
-from ..packing import resets_and_valid
+from ..packing import remembered, resets_and_valid
 from .eager import selective_scan_eager
 from .triton_backward import scan_backward
-from .triton_forward import ScanInputs, plan_of, scan_forward
+from .triton_common import Plan, ScanInputs
+from .triton_forward import plan_of, scan_forward
 
 __all__ = ["SelectiveScanTritonFunction", "selective_scan_triton"]
 
@@ -39,22 +41,31 @@ class SelectiveScanTritonFunction(torch.autograd.Function):
         inputs = _inputs(x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, dt_softplus)
         plan = plan_of(inputs)
         y, final, table, starts = scan_forward(inputs, plan, True, return_final_states)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, table, starts)
         ctx.dt_softplus, ctx.return_final_states = dt_softplus, return_final_states
         return y, y.new_empty(0) if final is None else final
 
     @staticmethod
     @first_order_only("selective_scan")
-    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, table, starts = ctx.saved_tensors
         inputs = _inputs(x, dt, A, B, C, D, z, dt_bias, initial_states, flags, cu_seqlens, ctx.dt_softplus)
-        states = grad_final.contiguous() if ctx.return_final_states else None
+        if grad_y is None:
+            grad_y = torch.zeros_like(x)
+        states = grad_final.contiguous() if ctx.return_final_states and grad_final is not None else None
         grads = scan_backward(inputs, plan_of(inputs), table, starts, grad_y, states)
         likes = (x, dt, A, B, C, D, z, dt_bias, initial_states)
         return (
             *(None if g is None or v is None else g.to(v.dtype) for g, v in zip(grads, likes, strict=True)),
             *(None,) * 4,
         )
+
+
+def _flags(seq_idx: Tensor) -> Tensor:
+    """(B, L) int8: the bits RESET and REAL of each token."""
+    resets, valid = resets_and_valid(seq_idx)
+    return resets.to(torch.int8) + 2 * valid.to(torch.int8)
 
 
 def _inputs(
@@ -74,8 +85,7 @@ def _inputs(
     return ScanInputs(
         x=x,
         dt=dt,
-        # transposed, so that neighbouring threads read neighbouring channels
-        A_t=torch.empty((A.shape[1], A.shape[0]), dtype=torch.float32, device=A.device).copy_(A.t()),
+        A_t=A.t(),
         B=B,
         C=C,
         D=None if D is None else D.contiguous(),
@@ -88,17 +98,24 @@ def _inputs(
     )
 
 
-def _compile_kernels(inputs: ScanInputs, differentiable: bool, return_final_states: bool) -> None:
+def _compile_kernels(inputs: ScanInputs, plan: Plan, differentiable: bool, return_final_states: bool) -> None:
     """Have the kernels of a call ready: one after the other they take twice as long to compile."""
-    plan = plan_of(inputs)
 
     def launch() -> None:
-        y, final, table, starts = scan_forward(inputs, plan, differentiable, return_final_states)
+        y, _final, table, starts = scan_forward(inputs, plan, differentiable, return_final_states)
         if starts is not None and differentiable:
-            scan_backward(inputs, plan, table, starts, y, final)
+            scan_backward(inputs, plan, table, starts, y, None)
 
     kinds = [value if value is None else value.dtype for value in inputs[:-1]]
-    ways = (inputs.dt_softplus, differentiable, return_final_states, plan.split, plan.n_chunks > 1, plan.packed)
+    ways = (
+        inputs.dt_softplus,
+        differentiable,
+        return_final_states,
+        plan.split,
+        plan.n_chunks > 1,
+        plan.packed,
+        plan.whole,
+    )
     compile_together(
         ("selective_scan", inputs.x.device, plan.size, plan.groups, *kinds, *ways),
         launch,
@@ -140,15 +157,15 @@ def selective_scan_triton(
         )
     flags = None
     if seq_idx is not None:
-        resets, valid = resets_and_valid(seq_idx)
-        flags = resets.to(torch.int8) + 2 * valid.to(torch.int8)
+        flags = remembered(seq_idx, "scan_flags", partial(_flags, seq_idx))
     options = (flags, cu_seqlens, dt_softplus)
     differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats)
+    inputs = _inputs(*floats, *options)
+    plan = plan_of(inputs)
     if not torch.compiler.is_compiling():
-        _compile_kernels(_inputs(*floats, *options), differentiable, return_final_states)
+        _compile_kernels(inputs, plan, differentiable, return_final_states)
     if differentiable:
         y, final = SelectiveScanTritonFunction.apply(*floats, *options, return_final_states)
     else:
-        inputs = _inputs(*floats, *options)
-        y, final, _, _ = scan_forward(inputs, plan_of(inputs), False, return_final_states)
+        y, final, _, _ = scan_forward(inputs, plan, False, return_final_states)
     return (y, final) if return_final_states else y
