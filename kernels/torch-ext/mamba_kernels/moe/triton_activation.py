@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .triton_plan import Plan
 
 __all__ = ["activate", "activation_gradient", "sum_of_groups"]
@@ -98,7 +99,9 @@ def _launch(
     inner = width // 2 if gated else width
     result = torch.empty_like(h) if gradient is not None else torch.empty(rows, inner, dtype=h.dtype, device=h.device)
     columns = min(COLUMNS, triton.next_power_of_2(inner))
-    _activate_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(inner, columns))](
+    launch(
+        _activate_kernel,
+        (triton.cdiv(rows, ROWS), triton.cdiv(inner, columns)),
         h,
         h if bias is None else bias,
         plan.slot_of_row,
@@ -150,5 +153,14 @@ def sum_of_groups(rows: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     experts, columns = plan.ends.numel(), rows.shape[1]
     sums = torch.empty(experts, columns, dtype=dtype, device=rows.device)
     block = min(64, triton.next_power_of_2(columns))
-    _sum_of_groups_kernel[(experts, triton.cdiv(columns, block))](rows, plan.ends, sums, C=columns, BR=32, BC=block)
+    launch(
+        _sum_of_groups_kernel,
+        (experts, triton.cdiv(columns, block)),
+        rows,
+        plan.ends,
+        sums,
+        C=columns,
+        BR=32,
+        BC=block,
+    )
     return sums

@@ -1,7 +1,8 @@
 """`routed_experts`: torch's grouped products with lean Triton kernels around them.
 
 Forward: the plan (two launches), the rows gathered, the first product, activation, the second product, and the weighted sum
-of a token's rows. Torch's grouped product is the vendor's (CUTLASS) and takes the groups' ends from the device's memory.
+of a token's rows. Torch's grouped product is the vendor's (CUTLASS) and takes the groups' ends from the device's memory. In half
+precision, where a multiprocessor has the memory for it, gather, first product and activation are one launch of our own.
 
 Symbols: N tokens, k experts per token, S = N k rows, d model width, E experts, F expert width.
 """
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from ..autograd import first_order_only
 from .triton_activation import activate, activation_gradient, sum_of_groups
+from .triton_fused_up import fused_up, fused_up_fits
 from .triton_plan import Plan, combine, gather, make_plan, spread
 
 __all__ = ["routed_experts_triton"]
@@ -45,18 +47,21 @@ class RoutedExperts(torch.autograd.Function):
     ) -> Tensor:
         plan = make_plan(indices, up.shape[0])
         weights = weights.contiguous()
-        rows = gather(x, plan, up.dtype)
-        h = grouped(rows, up.mT, plan.ends)
-        a = activate(h, up_bias, plan, activation, gated)
+        h: Tensor | None
+        if up_bias is None and fused_up_fits(x, indices.numel(), up):
+            h, a = fused_up(x, plan, up, activation, gated, keep=any(ctx.needs_input_grad))
+        else:
+            h = grouped(gather(x, plan, up.dtype), up.mT, plan.ends)
+            a = activate(h, up_bias, plan, activation, gated)
         y = grouped(a, down.mT, plan.ends)
-        ctx.save_for_backward(rows, h, a, y, weights, up, down, up_bias, down_bias, *plan)
-        ctx.activation, ctx.gated, ctx.dtype, ctx.tokens = activation, gated, x.dtype, x.shape[0]
+        ctx.save_for_backward(x, h, a, y, weights, up, down, up_bias, down_bias, *plan)
+        ctx.activation, ctx.gated = activation, gated
         return combine(y, plan, weights, x.dtype, x.shape[0], down_bias)
 
     @staticmethod
     @first_order_only("routed_experts")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, h, a, y, weights, up, down, up_bias, down_bias, *parts = ctx.saved_tensors
+        x, h, a, y, weights, up, down, up_bias, down_bias, *parts = ctx.saved_tensors
         plan = Plan(*parts)
         needs_x, _, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias, *_ = ctx.needs_input_grad
         dy, dweights = spread(gradient, y, plan, weights, down_bias)
@@ -64,12 +69,12 @@ class RoutedExperts(torch.autograd.Function):
         dh = activation_gradient(h, up_bias, plan, ctx.activation, ctx.gated, da)
         dx = None
         if needs_x:
-            dx = combine(grouped(dh, up, plan.ends), plan, None, ctx.dtype, ctx.tokens)
+            dx = combine(grouped(dh, up, plan.ends), plan, None, x.dtype, x.shape[0])
         return (
             dx,
             None,
             dweights.to(weights.dtype) if needs_weights else None,
-            grouped(dh.mT, rows, plan.ends) if needs_up else None,
+            grouped(dh.mT, gather(x, plan, up.dtype), plan.ends) if needs_up else None,
             grouped(dy.mT, a, plan.ends) if needs_down else None,
             sum_of_groups(dh, plan, up.dtype) if needs_up_bias else None,
             sum_of_groups(dy, plan, down.dtype) if needs_down_bias else None,

@@ -9,18 +9,25 @@ and a program finds its expert from the ends of the groups.
 Symbols: S rows, E experts, d model width, F expert width.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .triton_activation import act
 from .triton_plan import Plan
 
-__all__ = ["TUNING", "fused_up"]
+__all__ = ["TUNING", "fused_up", "fused_up_fits"]
 
-# rows, columns and depth of a tile, warps and stages
+# rows, columns and depth of a tile, warps and stages: the fastest of three on an H200
 TUNING = (128, 128, 64, 8, 4)
+# bytes of shared memory that its stages take
+MEMORY = 200 << 10
+# with fewer rows the tiles are mostly empty
+FEWEST_ROWS = 1024
 
 
 @triton.jit
@@ -100,10 +107,24 @@ def _fused_up_kernel(
     tl.store(a + row * F + o[None, :], result.to(a.dtype.element_ty), mask=mask)
 
 
+def fused_up_fits(x: Tensor, slots: int, up: Tensor) -> bool:
+    """Whether the tiles fit on the device, and the operands are what they are for."""
+    if x.device.type != "cuda" or up.dtype not in (torch.bfloat16, torch.float16) or slots < FEWEST_ROWS:
+        return False
+    return _shared_memory(x.device.index) >= MEMORY and up.shape[2] % 8 == 0 and up.is_contiguous()
+
+
+@cache
+def _shared_memory(index: int | None) -> int:
+    return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0)
+
+
 def fused_up(
     x: Tensor, plan: Plan, up: Tensor, activation: str, gated: bool, keep: bool, tuning: tuple[int, ...] = TUNING
 ) -> tuple[Tensor | None, Tensor]:
     """h (S, F) or (S, 2 F) if it is to be kept, and a (S, F), of tokens x (N, d) in the dtype of `up`."""
+    x = x.to(up.dtype)
+    x = x if x.stride(1) == 1 else x.contiguous()
     slots = plan.slot_of_row.numel()
     experts, width, channels = up.shape
     inner = width // 2 if gated else width
@@ -111,7 +132,9 @@ def fused_up(
     h = torch.empty(slots, width, dtype=up.dtype, device=x.device) if keep else None
     a = torch.empty(slots, inner, dtype=up.dtype, device=x.device)
     tiles = triton.cdiv(slots, rows) + experts
-    _fused_up_kernel[(tiles * triton.cdiv(inner, columns),)](
+    launch(
+        _fused_up_kernel,
+        (tiles * triton.cdiv(inner, columns),),
         x,
         plan.slot_of_row,
         plan.ends,

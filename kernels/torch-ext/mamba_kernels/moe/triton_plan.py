@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 __all__ = ["Plan", "combine", "gather", "make_plan", "spread"]
 
 # slots of a program that counts or places; with experts it spans a tile of one-hot rows
@@ -102,8 +104,10 @@ def make_plan(indices: Tensor, num_experts: int) -> Plan:
     counts = torch.empty(blocks, width, dtype=torch.int32, device=flat.device)
     places = torch.empty(2, slots, dtype=torch.int32, device=flat.device)
     ends = torch.empty(num_experts, dtype=torch.int32, device=flat.device)
-    _count_kernel[(blocks,)](flat, counts, slots, E=num_experts, BE=width, BS=per_program)
-    _place_kernel[(blocks,)](
+    launch(_count_kernel, (blocks,), flat, counts, slots, E=num_experts, BE=width, BS=per_program)
+    launch(
+        _place_kernel,
+        (blocks,),
         flat,
         counts,
         places[0],
@@ -140,7 +144,9 @@ def gather(x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     slots, channels = plan.slot_of_row.numel(), x.shape[1]
     rows = torch.empty(slots, channels, dtype=dtype, device=x.device)
-    _gather_kernel[(triton.cdiv(slots, MOVED),)](
+    launch(
+        _gather_kernel,
+        (triton.cdiv(slots, MOVED),),
         x,
         plan.slot_of_row,
         rows,
@@ -207,7 +213,9 @@ def combine(
     """The sum (N, D) of each token's rows (S, D), times `weights` (N, k), after `bias` (E, D) is added to them."""
     slots, channels = rows.shape
     out = torch.empty(tokens, channels, dtype=dtype, device=rows.device)
-    _combine_kernel[(triton.cdiv(tokens, MOVED),)](
+    launch(
+        _combine_kernel,
+        (triton.cdiv(tokens, MOVED),),
         rows,
         plan.row_of_slot,
         plan.indices,
@@ -276,7 +284,9 @@ def spread(
     slots, channels = rows.shape
     result = torch.empty_like(rows)
     weight_gradient = torch.empty(weights.shape, dtype=torch.float32, device=rows.device)
-    _spread_kernel[(triton.cdiv(slots, MOVED),)](
+    launch(
+        _spread_kernel,
+        (triton.cdiv(slots, MOVED),),
         gradient,
         rows,
         plan.slot_of_row,

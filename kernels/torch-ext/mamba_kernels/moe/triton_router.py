@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autograd import first_order_only
+from ..launch import launch
 
 __all__ = ["choose_experts", "route_triton"]
 
@@ -45,6 +46,7 @@ def _route_kernel(
     tokens,
     stride,
     scale,
+    one,
     K: tl.constexpr,
     E: tl.constexpr,
     D: tl.constexpr,
@@ -72,9 +74,10 @@ def _route_kernel(
             rest = w - first.to(tl.float32)
             second = rest.to(tl.bfloat16)
             third = (rest - second.to(tl.float32)).to(tl.bfloat16)
-            total = tl.dot(value, third, total)
-            total = tl.dot(value, second, total)
-            total = tl.dot(value, first, total)
+            part = tl.dot(value, third)
+            part = tl.dot(value, second, part)
+            # tensor cores cut their sums off, so that long ones are added outside; without the factor the compiler undoes it
+            total += tl.dot(value, first, part) * one
         else:
             total = tl.dot(value.to(tl.float32), w, total, input_precision="ieee")
     if HAS_BIAS:
@@ -167,7 +170,9 @@ class Route(torch.autograd.Function):
         width = max(16, triton.next_power_of_2(experts))
         split = x.dtype == torch.bfloat16
         per_program = TOKENS if split else 16
-        _route_kernel[(triton.cdiv(tokens, per_program),)](
+        launch(
+            _route_kernel,
+            (triton.cdiv(tokens, per_program),),
             x,
             weight.float().contiguous(),
             x if bias is None else bias.float(),
@@ -177,6 +182,7 @@ class Route(torch.autograd.Function):
             tokens,
             x.stride(0),
             scale,
+            1.0,
             K=top_k,
             E=experts,
             D=channels,
@@ -209,7 +215,9 @@ class Route(torch.autograd.Function):
         else:
             tokens, experts = logits.shape
             gradient = torch.empty_like(logits)
-            _route_gradient_kernel[(triton.cdiv(tokens, 16),)](
+            launch(
+                _route_gradient_kernel,
+                (triton.cdiv(tokens, 16),),
                 logits,
                 indices,
                 weight_gradient.contiguous(),

@@ -1,25 +1,36 @@
+# mypy: disable-error-code="assignment, misc, var-annotated"
 """`experts_step` in Triton: the chosen experts of a few tokens in two launches that read nothing but their weights.
 
     a_bj = act(g) u of the expert chosen j-th for token b,     y_b = residual_b + sum_j w_bj (W_down a_bj + b_down)
 
-The first launch finds the experts itself, from the router's logits, or is told. A program reads BO rows of a matrix, BK
-columns at a time, as `fused_linear` does; sums are in fp32 and in a fixed order.
+Both launches find the experts themselves, from the router's logits, or are told. A program reads BO rows of a matrix, BK columns
+at a time, as `fused_linear` does; sums are in fp32 and in a fixed order.
+
+Each waits for the one before it, and would start when that one has ended. Hopper can start a launch earlier (programmatic
+dependent launch): the first is started while the router is still at work; the second while the first is, and fetches its weights
+meanwhile, of which nothing depends on the first but the product.
 
 Symbols: B tokens, k experts per token, d model width, E experts, F expert width.
 """
+
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from .triton_activation import act
 from .triton_router import choose_experts
 
 __all__ = ["experts_step_triton"]
 
 # rows and columns of a matrix that a program reads at a time, and its warps: of the two launches
-UP, DOWN = (4, 1024, 4), (4, 1024, 4)
+UP, DOWN = (2, 1024, 2), (1, 1024, 4)
+# values of weights that a thread holds while it waits
+MOST_AHEAD = 64
 
 
 @triton.jit
@@ -36,7 +47,7 @@ def _pick(
 ):
     """The expert that token b chooses j-th, and its weight."""
     e = tl.arange(0, BE)
-    found = tl.load(logits + b * E + e, mask=e < E, other=0.0)
+    found = tl.load(logits + b * E + e, mask=e < E, other=0.0, cache_modifier=".cg")
     left = choose_experts(found[None, :], E, BE, SIGMOID)
     chosen = 0.0
     expert = 0
@@ -81,10 +92,14 @@ def _up_kernel(
     HAS_LOGITS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """a (B, k, F), and with logits also the choice: indices and weights (B, k)."""
     WIDTH: tl.constexpr = 2 * F if GATED else F
     pid, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if HAS_LOGITS:
         expert, weight = _pick(logits, b, j, scale, K, E, BE, SIGMOID, NORMALIZE)
         if pid == 0:
@@ -132,6 +147,7 @@ def _up_kernel(
 @triton.jit
 def _down_kernel(
     a,
+    logits,
     indices,
     weights,
     down,
@@ -139,40 +155,74 @@ def _down_kernel(
     residual,
     y,
     stride,
+    scale,
     K: tl.constexpr,
     E: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
+    BE: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_LOGITS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """y (B, D)."""
+    """y (B, D). With AHEAD all weights are fetched before `a` is there."""
     pid, b = tl.program_id(0), tl.program_id(1)
     o = pid * BO + tl.arange(0, BO)
     is_output = o < D
     c = tl.arange(0, BK)
+    chosen = ()
+    fetched = ()
+    for j in tl.static_range(K):
+        if HAS_LOGITS:
+            expert, weight = _pick(logits, b, j, scale, K, E, BE, SIGMOID, NORMALIZE)
+        else:
+            expert = tl.load(indices + b * K + j).to(tl.int32)
+            weight = tl.load(weights + b * K + j).to(tl.float32)
+        is_read = o < tl.where((expert >= 0) & (expert < E), D, 0)
+        tile = down + expert.to(tl.int64) * (D * F) + o[:, None] * F + c[None, :]
+        chosen = chosen + ((expert, weight, is_read, tile),)
+        if AHEAD:
+            for start in tl.static_range(0, F, BK):
+                mask = is_read[:, None] & (start + c < F)[None, :]
+                fetched = fetched + (tl.load(tile + start, mask=mask, other=0.0, eviction_policy="evict_first"),)
     total = tl.zeros((BO,), tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual + b * stride + o, mask=is_output, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    BLOCKS: tl.constexpr = (F + BK - 1) // BK
     for j in tl.static_range(K):
-        expert = tl.load(indices + b * K + j).to(tl.int32)
-        weight = tl.load(weights + b * K + j).to(tl.float32)
-        is_read = o < tl.where((expert >= 0) & (expert < E), D, 0)
-        tile = down + expert.to(tl.int64) * (D * F) + o[:, None] * F + c[None, :]
+        expert, weight, is_read, tile = chosen[j]
         sums = tl.zeros((BO, BK), tl.float32)
-        for start in tl.static_range(0, F, BK):
-            inside = start + c < F
-            mask = is_read[:, None] & inside[None, :]
-            values = tl.load(tile + start, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            v = tl.load(a + (b * K + j) * F + start + c, mask=inside, other=0.0).to(tl.float32)
+        for i in tl.static_range(BLOCKS):
+            inside = i * BK + c < F
+            if AHEAD:
+                values = fetched[j * BLOCKS + i].to(tl.float32)
+            else:
+                mask = is_read[:, None] & inside[None, :]
+                values = tl.load(tile + i * BK, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            v = tl.load(a + (b * K + j) * F + i * BK + c, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
             sums += values * v[None, :]
         result = tl.sum(sums, 1)
         if HAS_BIAS:
             result += tl.load(bias + expert * D + o, mask=is_read, other=0.0).to(tl.float32)
         total += result * weight
     tl.store(y + b * D + o, total.to(y.dtype.element_ty), mask=is_output)
+
+
+@cache
+def starts_early(device_type: str, index: int | None) -> bool:
+    """Whether the GPU and Triton know programmatic dependent launch."""
+    if device_type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
+        return False
+    known = hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
+    return known and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def experts_step_triton(
@@ -204,16 +254,27 @@ def experts_step_triton(
         weights = torch.empty(batch, top_k, dtype=torch.float32, device=x.device)
     assert indices is not None and weights is not None
     indices, weights = indices.contiguous(), weights.contiguous()
+    router_logits = None if router_logits is None else router_logits.contiguous()
     top_k = indices.shape[1]
     added = x if residual is None else residual if residual.stride(1) == 1 else residual.contiguous()
     a = torch.empty(batch, top_k, inner, dtype=up.dtype, device=x.device)
     dtype = down.dtype if residual is None else torch.promote_types(residual.dtype, down.dtype)
     y = torch.empty(batch, channels, dtype=dtype, device=x.device)
+    options: dict[str, Any] = {
+        "HAS_LOGITS": has_logits,
+        "SIGMOID": scoring == "sigmoid",
+        "NORMALIZE": normalize,
+        "PDL": False,
+    }
+    if starts_early(x.device.type, x.device.index):
+        options |= {"PDL": True, "launch_pdl": True}
     rows, columns, warps = UP
-    _up_kernel[(triton.cdiv(inner, rows), top_k, batch)](
+    launch(
+        _up_kernel,
+        (triton.cdiv(inner, rows), top_k, batch),
         x,
         x if norm_weight is None else norm_weight,
-        x if router_logits is None else router_logits.contiguous(),
+        x if router_logits is None else router_logits,
         up,
         x if up_bias is None else up_bias,
         a,
@@ -221,7 +282,7 @@ def experts_step_triton(
         weights,
         x.stride(0),
         eps,
-        scale,
+        float(scale),
         K=top_k,
         E=experts,
         D=channels,
@@ -233,14 +294,16 @@ def experts_step_triton(
         GATED=gated,
         HAS_NORM=norm_weight is not None,
         HAS_BIAS=up_bias is not None,
-        HAS_LOGITS=has_logits,
-        SIGMOID=scoring == "sigmoid",
-        NORMALIZE=normalize,
         num_warps=warps,
+        **options,
     )
     rows, columns, warps = DOWN
-    _down_kernel[(triton.cdiv(channels, rows), batch)](
+    columns = min(columns, triton.next_power_of_2(inner))
+    launch(
+        _down_kernel,
+        (triton.cdiv(channels, rows), batch),
         a,
+        x if router_logits is None else router_logits,
         indices,
         weights,
         down,
@@ -248,14 +311,18 @@ def experts_step_triton(
         added,
         y,
         added.stride(0),
+        float(scale),
         K=top_k,
         E=experts,
         D=channels,
         F=inner,
+        BE=triton.next_power_of_2(experts),
         BO=rows,
-        BK=min(columns, triton.next_power_of_2(inner)),
+        BK=columns,
         HAS_BIAS=down_bias is not None,
         HAS_RESIDUAL=residual is not None,
+        AHEAD=top_k * rows * triton.cdiv(inner, columns) * columns <= 32 * warps * MOST_AHEAD,
         num_warps=warps,
+        **options,
     )
     return y, indices, weights
