@@ -52,7 +52,7 @@ __all__ = ["step_flops", "train"]
 OURS, NATIVE, BARE, MAMBA_SSM = "hf_mamba", "transformers", "transformers-bare", "mamba_ssm"
 PEERS = (NATIVE, MAMBA_SSM, BARE)
 # what ours can be asked to do, and the name that asks for nothing
-OPTIONS = ("eager", "skip_logits", "part_checkpointing", "checkpointing", "compile", "lora")
+OPTIONS = ("eager", "skip_logits", "graph", "part_checkpointing", "checkpointing", "compile", "compile_graphs", "lora")
 PLAIN = "plain"
 # losses, relative: in half precision, kernels that round at other places
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "autocast": 2e-2}
@@ -114,7 +114,7 @@ def train(
             help=f"Contenders of ours: {PLAIN}, or options out of {', '.join(OPTIONS)} joined by +. What each changes is set "
             "against the one before."
         ),
-    ] = "plain,skip_logits,skip_logits+part_checkpointing,skip_logits+checkpointing,skip_logits+compile,skip_logits+lora",
+    ] = "plain,skip_logits,graph,graph+part_checkpointing,graph+checkpointing,skip_logits+compile,graph+lora",
     against: Annotated[
         str, typer.Option(help="Peers, or none; those that are not installed are named and left out.")
     ] = ",".join(PEERS),
@@ -182,7 +182,8 @@ def train(
         for size, kind, length in itertools.product(chosen, kinds, tokens)
     ]
     # ours first: whatever ends the run early leaves those
-    for contenders in ([Contender(OURS, asked) for asked in own], list(with_adapters(peers, own))):
+    ours = [Contender(OURS, asked) for asked in own]
+    for contenders in (ours, list(with_adapters(peers, own))):
         for bench in benches:
             for contender in contenders:
                 if contender.who != OURS and CLASSES[bench.kind].native is None:
@@ -193,7 +194,7 @@ def train(
                     bench.fill(row, contender, cell_seconds, cap_seconds)
                 record.rows.append(row)
                 record.save(output)
-            if profile and on_gpu and contenders[0].who == OURS and time.perf_counter() - start < seconds:
+            if profile and on_gpu and contenders is ours and time.perf_counter() - start < seconds:
                 record.settings.setdefault("kernels", []).append(bench.kernels(contenders[-1]))
                 record.save(output)
             bench.release()
@@ -426,9 +427,19 @@ class Bench:
                 row.status = f"failed: {type(error).__name__}: {str(error)[:120]}"
         self._collect()
 
+    def _allocated(self, most: bool = False) -> float:
+        """MiB on a GPU now, from where the peak is counted anew; or that peak."""
+        if self.device.type != "cuda":
+            return 0.0
+        if most:
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device) / 2**20
+
     def _measure(self, row: Row, contender: Contender, cell_seconds: float, cap_seconds: float) -> None:
         row.status = "measured"
         adapted = "lora" in contender.options
+        before = self._allocated()
         step = self._contender(contender)
         if contender.who in (NATIVE, BARE) or "eager" in contender.options:
             expected = self._expected_seconds(step)
@@ -440,6 +451,12 @@ class Bench:
         if contender.who == OURS and adapted not in self.flops:
             self.flops[adapted] = step_flops(step.model)
         losses = [step(self._ids(self.shape["L"])).item() for _ in range(2)]
+        # what a graph keeps is allocated when it is captured, and at no replay
+        captured = (
+            self._allocated(most=True) - before
+            if "graph" in contender.options and self.device.type == "cuda"
+            else None
+        )
         if adapted not in self.expected:
             if contender.who != OURS:
                 raise RuntimeError("no contender of ours has losses to compare with")
@@ -454,6 +471,8 @@ class Bench:
         ids = self._ids(self.shape["L"])
         needed = peak_memory_mib(lambda: step(ids), self.device)
         row.peak_memory_mib = None if needed is None else step.held_bytes() / 2**20 + needed
+        if captured is not None:
+            row.peak_memory_mib = captured
         timing = measure({row.contender: lambda: step(ids)}, self.device, cell_seconds)[row.contender]
         row.fill_times(timing, tokens=ids.numel())
         target = target_of(row, self.device.type, self.layers)
@@ -505,6 +524,7 @@ class Bench:
         model.load_state_dict(state)
         if contender.who == OURS:
             model.skip_logits = "skip_logits" in options
+            model.graph_training = "graph" in options
             if "checkpointing" in options or "part_checkpointing" in options:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             if "part_checkpointing" in options:
@@ -517,6 +537,8 @@ class Bench:
         step = Step(model, self.device, self.precision)
         if "compile" in options:
             step.model = torch.compile(model, backend=self.backend)
+        if "compile_graphs" in options:
+            step.model = torch.compile(model, mode="reduce-overhead")
         return step
 
     def _ids(self, length: int) -> Tensor:

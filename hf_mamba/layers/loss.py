@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mamba_kernels.cross_entropy import cross_entropy_and_gradient
+
 from .linear import is_plain_linear
 
 __all__ = ["chunked_cross_entropy"]
@@ -64,12 +66,14 @@ def chunked_cross_entropy(
     hidden_states, targets = hidden_states.flatten(0, -2), targets.flatten().to(hidden_states.device)
     items = (targets != ignore_index).sum() if num_items is None else num_items
     items = items.to(hidden_states.device) if isinstance(items, Tensor) else items
-    if hidden_states.is_cuda and is_plain_linear(head) and not torch.compiler.is_compiling() and _has_liger():
+    # without a gradient of its input, Liger's has none for the head either
+    fits_liger = hidden_states.is_cuda and hidden_states.requires_grad and is_plain_linear(head)
+    if fits_liger and not torch.compiler.is_compiling() and _has_liger():
         return _liger_sum(head, hidden_states, targets, ignore_index) / items
     if chunk_size is None:
         # a quantised weight may not show the vocabulary
         chunk_size = max(1, MAX_LOGITS // (vocab_size or cast(Any, head).out_features))
-    if is_plain_linear(head) and type(head.weight) is nn.Parameter:
+    if is_plain_linear(head):
         return (
             LinearCrossEntropy.apply(hidden_states, head.weight, head.bias, targets, ignore_index, chunk_size) / items
         )
@@ -119,23 +123,19 @@ class LinearCrossEntropy(torch.autograd.Function):
             for whole, wanted in zip(x.split(chunk_size), targets.split(chunk_size), strict=True):
                 part = whole.to(dtype)
                 logits = F.linear(part, head, offset)
-                counts = wanted != ignore_index
-                index = wanted.where(counts, 0)[:, None]
-                logs = torch.log_softmax(logits, dim=-1, dtype=wide)
-                chosen = logs.gather(1, index)
-                total = total - chosen.squeeze(1).where(counts, 0).sum()
-                if not (wants_x or wants_weight or wants_bias):
+                if not any((wants_x, wants_weight, wants_bias)):
+                    total = total + F.cross_entropy(
+                        logits.to(wide), wanted, ignore_index=ignore_index, reduction="sum"
+                    )
                     continue
-                # softmax minus one at the target, in the dtype of the products that follow; rows that do not count are
-                # left out there, where they are narrow
-                grads = _exponentials(logs, logits).scatter_(1, index, torch.expm1(chosen).to(dtype))
-                rows = counts[:, None]
+                losses, grads = cross_entropy_and_gradient(logits, wanted, ignore_index)
+                total = total + losses.sum()
                 if wants_x:
-                    parts_of_x.append((grads @ head).where(rows, 0).to(x.dtype))
+                    parts_of_x.append((grads @ head).to(x.dtype))
                 if grad_weight is not None:
-                    grad_weight = _add_product(grad_weight, grads, part.where(rows, 0))
+                    grad_weight = _add_product(grad_weight, grads, part)
                 if grad_bias is not None:
-                    grad_bias = grad_bias + (rows.to(dtype).mT @ grads).squeeze(0)
+                    grad_bias = grad_bias + grads.sum(dim=0, dtype=wide)
         ctx.save_for_backward(torch.cat(parts_of_x) if wants_x else None, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
@@ -153,13 +153,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _exponentials(logs: Tensor, like: Tensor) -> Tensor:
-    """`exp(logs)` in the dtype of `like`, whose memory it takes."""
-    if torch.compiler.is_compiling():
-        return logs.exp().to(like.dtype)
-    return torch.exp(logs, out=like)
 
 
 def _add_product(total: Tensor, grads: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
@@ -16,6 +17,7 @@ from .inputs import check_labels, same_lengths, select_cache
 from .outputs import RecurrentCausalLMOutput
 from .recurrent import RecurrentModel, RecurrentPreTrainedModel
 from .sharding import HEAD_FSDP_PLAN
+from .training_graph import graphed_output, graphs_run_on
 
 __all__ = ["RecurrentForCausalLM", "WithBackbone"]
 
@@ -47,9 +49,13 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
     Attributes:
         skip_logits: in training with labels, compute the loss a part of the tokens at a time and return no logits. Off by
             default; set it on a model that goes to a Trainer.
+        graph_training: in training with labels on a GPU, replay forward, loss and backward as one CUDA graph, without logits. A
+            batch that it cannot be captured for (padded, packed, with other arguments, of a shape that comes once) takes the usual
+            way. Off by default: the graph keeps the memory of a step and of the gradients.
     """
 
     skip_logits = False
+    graph_training = False
     _fsdp_plan = HEAD_FSDP_PLAN
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     output_class: type = RecurrentCausalLMOutput
@@ -80,6 +86,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
+        graph_training: bool | None = None,
         **kwargs: Any,
     ) -> tuple | RecurrentCausalLMOutput:
         """Predict the next token at each position.
@@ -90,6 +97,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
             logits_to_keep: number of last positions to compute logits for, 0 = all; or a 1-D tensor of positions.
             skip_logits: compute the loss without the logits of all tokens ever existing, and return none; needs labels. By
                 default what `self.skip_logits` says, in training with labels.
+            graph_training: take the loss from a CUDA graph if there is one; by default what `self.graph_training` says.
             **kwargs: `num_items_in_batch`, `ignore_index` and `shift_labels` (B, L), which replaces `labels` and is taken
                 as it is, go to the loss; anything unknown is refused.
 
@@ -97,6 +105,24 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         loss_kwargs = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if key in kwargs}
+        if self.graph_training if graph_training is None else graph_training:
+            rest = (
+                inputs_embeds,
+                cache,
+                past_key_values,
+                cache_params,
+                position_ids,
+                seq_idx,
+                cu_seq_lens_q,
+                cu_seq_lens_k,
+            )
+            asked = (use_cache, output_hidden_states or self.config.output_hidden_states, logits_to_keep, kwargs)
+            given = any(value is not None for value in rest) or any(not isinstance(v, Tensor) and v for v in asked)
+            if not given and skip_logits is not False and not isinstance(logits_to_keep, Tensor):
+                found = self._graphed_output(input_ids, attention_mask, labels, **loss_kwargs)
+                if found is not None:
+                    output = self.output_class(**found)
+                    return output if return_dict else output.to_tuple()
         outputs = self.backbone(
             input_ids,
             attention_mask=attention_mask,
@@ -140,6 +166,31 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
             loss = self.total_loss(loss, outputs, labels, loss_kwargs)
         output = self.make_output(outputs, loss, logits)
         return output if return_dict else output.to_tuple()
+
+    def _graphed_output(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> dict[str, Any] | None:
+        """Fields of the output from a graph of the training step, or None if there is none for this batch."""
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or others:
+            return None
+        if (
+            input_ids is None
+            or labels is None
+            or not graphs_run_on(input_ids.device)
+            or input_ids.shape != labels.shape
+        ):
+            return None
+        if input_ids.dim() != 2 or labels.device != input_ids.device or self.loss_function is not ForCausalLMLoss:
+            return None
+        # looked at here, since a graph cannot
+        if attention_mask is not None and not bool(attention_mask.all()):
+            return None
+        return graphed_output(self, input_ids, labels, num_items_in_batch)
 
     def _loss_without_logits(
         self,
