@@ -210,11 +210,19 @@ def test_ordinary_launches_where_that_is_safer(driver: Any, monkeypatch: pytest.
     assert not both_ways(_kernel, (1,), x, y, 5, 2, 0.5, W=8, FLAG=False)
 
 
-def test_a_launcher_of_another_kind_is_left_alone(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", ["reversed", "first two exchanged", "constants first"])
+def test_a_launcher_of_another_kind_is_left_alone(driver: Any, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
     """Arguments in another order, as a future version may have them."""
 
     def call(self: Launcher, *given: Any) -> None:
-        self.launch(*given[:5], 0, 0, *given[5:9], *reversed(given[9:]))
+        args = given[9:]
+        if order == "reversed":
+            args = args[::-1]
+        elif order == "first two exchanged":
+            args = (args[1], args[0], *args[2:])
+        else:
+            args = args[5:] + args[:5]
+        self.launch(*given[:5], False, None, *given[5:9], *args)
 
     monkeypatch.setattr(driver.launcher_cls, "__call__", call)
     x, y = buffers()
