@@ -1,12 +1,13 @@
 """RecurrentCache: the constant-size state of a Mamba model between two calls.
 
 A recurrent state cannot be cut short like a key/value cache, but it can be copied and recomputed. The cache therefore
-counts the tokens it has *seen*; while recording, it keeps a snapshot of the states before each forward; `crop` goes back to
-the newest snapshot that is early enough, and the tokens between the snapshot and the target become *pending*: they count as
-seen and are fed again at the front of the next forward. This makes chunked prefill, multi-turn reuse, prompt-lookup and
-assisted decoding exact.
+counts the tokens it has *seen*; while recording, it keeps a snapshot of the states before each forward, and after one of a
+few tokens the states after each of them (`Drafts`). `crop` takes the states it wants out of those. Where there are none, it goes
+back to the newest snapshot that is early enough, and the tokens between the snapshot and the target become *pending*: they
+count as seen and are fed again at the front of the next forward. This makes chunked prefill, multi-turn reuse, prompt-lookup
+and assisted decoding exact.
 
-Symbols: B batch, L length, D convolution channels, W convolution width.
+Symbols: B batch, L length, T drafted tokens, D convolution channels, W convolution width.
 """
 
 import os
@@ -20,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
 from .cache_files import load_states, save_states
-from .cache_layer import RecurrentLayer, held_states, write_states
+from .cache_layer import Drafts, RecurrentLayer, held_states, write_states
 
 __all__ = ["MAX_REPLAY", "ONE_NAME", "RecurrentCache", "name_of_cache"]
 
@@ -29,6 +30,9 @@ ONE_NAME = hasattr(ModelOutput, "cache_params")
 
 # replaying more tokens than this costs more than one extra forward that moves the states up to them
 MAX_REPLAY = 16
+
+# forwards that were taken back in part by the states after their tokens, beyond which nothing older is remembered
+KEPT_CUTS = 2
 
 
 @dataclass
@@ -39,6 +43,8 @@ class _Step:
     inputs_embeds: Tensor
     padding: Tensor | None
     start: int
+    # whether some of its tokens were taken back since
+    cut: bool = False
 
 
 class RecurrentCache(DynamicCache):
@@ -81,6 +87,8 @@ class RecurrentCache(DynamicCache):
         Cache.__init__(self, layers=[RecurrentLayer(ssm_dtype) for _ in range(num_layers)])
         self.max_snapshots, self.ssm_dtype = max_snapshots, ssm_dtype
         self.recording = False
+        # whether the states are in the layers' `drafts` and forwards of a fixed number of tokens update those
+        self.verifying = False
         self._seen = 0
         self._pending: tuple[Tensor, Tensor | None] | None = None
         self._history: list[_Step] = []
@@ -110,7 +118,12 @@ class RecurrentCache(DynamicCache):
             embeds, mask = self._pending
             padding = _concatenated_padding(embeds, mask, inputs_embeds, padding)
             inputs_embeds = torch.cat([embeds.to(inputs_embeds), inputs_embeds], dim=1)
+        if not self.verifying:
+            self._drop_drafts()
         if self.recording:
+            # a loop that takes back a part of every draft only ever goes back within the last one
+            cuts = [index for index, step in enumerate(self._history) if step.cut]
+            del self._history[: cuts[-KEPT_CUTS] if len(cuts) > KEPT_CUTS else 0]
             snapshots = [layer.snapshot() for layer in self.layers]
             self._history.append(_Step(snapshots, inputs_embeds.detach(), padding, start))
             del self._history[: -self.max_snapshots]
@@ -161,13 +174,14 @@ class RecurrentCache(DynamicCache):
         return sum(state.numel() * state.element_size() for state in states if state is not None)
 
     def activate_past_recording(self) -> None:
-        """From now on take a snapshot before each forward, so that `crop` can go back."""
+        """From now on keep what `crop` needs to go back: a snapshot before each forward, and the states after each of a few tokens."""
         self.recording = True
 
     def stop_past_recording(self) -> None:
         """Take no more snapshots and drop those there are."""
         self.recording = False
         self._history.clear()
+        self._drop_drafts()
 
     def is_recording_past(self, layer_idx: int = 0) -> bool:
         return self.recording
@@ -189,6 +203,7 @@ class RecurrentCache(DynamicCache):
         count = -tokens_to_remove
         if count == 0:
             self._history.clear()
+            self._drop_drafts()
             return
         target = self._seen - count
         if target < 0:
@@ -199,6 +214,9 @@ class RecurrentCache(DynamicCache):
             self._pending = (embeds[:, :keep], None if mask is None else mask[:, :keep]) if keep else None
             self._seen = target
             return
+        if self._go_back_within_drafts(target):
+            return
+        self._drop_drafts()
         index = next((i for i in reversed(range(len(self._history))) if self._history[i].start <= target), None)
         if index is None:
             raise ValueError(
@@ -215,10 +233,68 @@ class RecurrentCache(DynamicCache):
         self._pending = (step.inputs_embeds[:, :keep], padding) if keep else None
         self._seen = target
 
+    def _go_back_within_drafts(self, target: int) -> bool:
+        """Take the states after `target` tokens out of those of the last forward, if they are there."""
+        if not self._history:
+            return False
+        step = self._history[-1]
+        keep, fed = target - step.start, step.inputs_embeds.shape[1]
+        layers = [layer for layer in self.layers if layer.has_previous_state[0]]
+        if keep < 1 or any(layer.drafts is None or layer.drafts.tokens != fed for layer in layers):
+            return False
+        self._leave_inference_mode()
+        for layer in layers:
+            layer.go_back(keep - 1)
+        step.cut = True
+        self._pending, self._seen = None, target
+        return True
+
+    def _drop_drafts(self) -> None:
+        for layer in self.layers:
+            layer.drafts = None
+
+    def for_verifying(self, tokens: int) -> "RecurrentCache":
+        """A new cache for the same model and batch, in which forwards of `tokens` tokens leave the states after each.
+
+        It holds no states before `take_for_verifying`. Every forward goes on from the token that `accepted` names, of the ones
+        of the forward before.
+        """
+        new = self.empty()
+        accepted = torch.zeros(self.batch_size, dtype=torch.int64, device=self.states()[0][0].device)
+        for layer, own in zip(self.layers, new.layers, strict=True):
+            pair = held_states(layer)
+            if pair is not None:
+                own.drafts = Drafts.for_states(*pair, tokens, accepted)
+                own.adopt(*own.drafts.after(0))
+        new.verifying = True
+        return new
+
+    def take_for_verifying(self, other: "RecurrentCache") -> None:
+        """Go on from the states of `other`; only in a cache made by `for_verifying`."""
+        drafts = self.drafts()
+        last = drafts[0].tokens - 1
+        self._copy_pairs([each.after(last) for each in drafts], other.states())
+        drafts[0].accepted.fill_(last)
+
+    def give_verified(self, other: "RecurrentCache", token: int) -> None:
+        """Copy the states after a token of the last forward, counted from 0, to `other`; the token count is left alone."""
+        self._copy_pairs(other.states(), [each.after(token) for each in self.drafts()])
+
+    def drafts(self) -> list[Drafts]:
+        """The buffers of every layer that has some."""
+        return [layer.drafts for layer in self.layers if layer.drafts is not None]
+
+    @staticmethod
+    def _copy_pairs(targets: list[tuple[Tensor, Tensor]], sources: list[tuple[Tensor, Tensor]]) -> None:
+        torch._foreach_copy_(
+            [state for pair in targets for state in pair], [state for pair in sources for state in pair]
+        )
+
     def reset(self) -> None:
         """Forget all tokens and keep the storage."""
         self._leave_inference_mode()
         super().reset()
+        self._drop_drafts()
         self._seen, self._pending = 0, None
         self._history.clear()
 
@@ -228,6 +304,7 @@ class RecurrentCache(DynamicCache):
                 layer.leave_inference_mode()
 
     def _map_rows(self, select) -> None:
+        self._drop_drafts()
         if self._pending is not None:
             embeds, mask = self._pending
             self._pending = select(embeds), None if mask is None else select(mask)
@@ -266,6 +343,7 @@ class RecurrentCache(DynamicCache):
             ValueError: `other` has another number of layers, or tokens to replay after `crop`.
         """
         self._check_partner(other)
+        self._drop_drafts()
         if [tuple(s.shape for s in pair) for pair in self.states()] == [
             tuple(s.shape for s in pair) for pair in other.states()
         ]:
@@ -322,6 +400,7 @@ class RecurrentCache(DynamicCache):
                 f"`rows` must name one row of this cache, each once, for each of the {other.batch_size} rows of `other`, got "
                 f"{index.tolist()}."
             )
+        self._drop_drafts()
         pairs = list(zip(self.states(), other.states(), strict=True))
         for own, given in pairs:
             if [s.shape[1:] for s in own] != [s.shape[1:] for s in given]:

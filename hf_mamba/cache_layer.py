@@ -1,13 +1,53 @@
 """The states of one layer in a cache, and how a mixer reads and writes them.
 
-Symbols: B batch, D convolution channels, W convolution width.
+Symbols: B batch, T drafted tokens, D convolution channels, W convolution width.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-__all__ = ["RecurrentLayer", "held_states", "read_states", "write_states"]
+__all__ = ["Drafts", "RecurrentLayer", "held_states", "read_states", "write_states"]
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """The states of a layer after each of T tokens, of which the first few may turn out to be right.
+
+    Attributes:
+        history: (B, K + T, D), the K >= W - 1 inputs of the convolution before the tokens, then those of the tokens.
+        states: (B, T, …), the SSM state after each token.
+        accepted: (B,) int64, the token after which the next ones come.
+    """
+
+    history: Tensor
+    states: Tensor
+    accepted: Tensor
+
+    @classmethod
+    def for_states(cls, conv_state: Tensor, ssm_state: Tensor, tokens: int, accepted: Tensor) -> "Drafts":
+        """Buffers for `tokens` tokens after states like these, which still have to be put in."""
+        batch, channels, kept = conv_state.shape
+        return cls(
+            history=conv_state.new_zeros(batch, kept + tokens, channels),
+            states=ssm_state.new_zeros(batch, tokens, *ssm_state.shape[1:]),
+            accepted=accepted,
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.states.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.history.nbytes + self.states.nbytes
+
+    def after(self, token: int) -> tuple[Tensor, Tensor]:
+        """Both states after a token, counted from 0, as views."""
+        kept = self.history.shape[1] - self.tokens
+        return self.history[:, token + 1 : token + 1 + kept].mT, self.states[:, token]
 
 
 class RecurrentLayer(LinearAttentionLayer):
@@ -19,6 +59,8 @@ class RecurrentLayer(LinearAttentionLayer):
     def __init__(self, ssm_dtype: torch.dtype | None = None):
         super().__init__()
         self.ssm_dtype = ssm_dtype
+        # of the last forward, if it was made to be taken back in part
+        self.drafts: Drafts | None = None
 
     def adopt(self, conv_state: Tensor, ssm_state: Tensor) -> None:
         """Hold these states, which nobody else may hold, instead of copying them into buffers of its own."""
@@ -62,6 +104,13 @@ class RecurrentLayer(LinearAttentionLayer):
         conv_state, ssm_state = self.conv_states[0], self.recurrent_states[0]
         return conv_state.clone(), None if ssm_state is None else ssm_state.clone()
 
+    def go_back(self, token: int) -> None:
+        """Copy the states after a drafted token, counted from 0, in place."""
+        assert self.drafts is not None
+        conv_state, ssm_state = self.drafts.after(token)
+        self.conv_states[0].copy_(conv_state)
+        self.recurrent_states[0].copy_(ssm_state)
+
     def restore(self, snapshot: tuple[Tensor, Tensor | None] | None) -> None:
         """Copy the states of `snapshot` back in place."""
         if snapshot is None:
@@ -79,6 +128,8 @@ def read_states(cache: Cache | None, layer_idx: int) -> tuple[Tensor | None, Ten
     if cache is None:
         return None, None
     layer = cache.layers[layer_idx]
+    if getattr(cache, "verifying", False):
+        raise RuntimeError("A mixer cannot be called as a module while drafted tokens are verified.")
     if not layer.has_previous_state[0]:
         return None, None
     conv_state, ssm_state = layer.conv_states[0], layer.recurrent_states[0]
@@ -95,6 +146,8 @@ def write_states(cache: Cache, layer_idx: int, conv_state: Tensor, ssm_state: Te
     go on using them.
     """
     layer = cache.layers[layer_idx]
+    if isinstance(layer, RecurrentLayer):
+        layer.drafts = None
     if isinstance(layer, RecurrentLayer) and not torch.compiler.is_compiling():
         # after reset() the next batch may have another size
         if not layer.is_conv_states_initialized[0] or len(layer.conv_states[0]) != len(conv_state):

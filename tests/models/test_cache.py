@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from hf_mamba import RecurrentCache
 from hf_mamba.cache import MAX_REPLAY
+from hf_mamba.layers import fused_step
 
 from .builders import ALL_MODELS, make_model, make_native, random_ids
 from .oracles import TOLERANCE, padded
@@ -30,6 +31,23 @@ def fill(model, *pieces: torch.Tensor, recording: bool = False, cache: Recurrent
     for piece in pieces:
         model(piece, cache=cache)
     return cache
+
+
+GOING_BACK = pytest.mark.parametrize("replayed", [False, True], ids=["states", "replay"])
+
+
+def go_back(monkeypatch: pytest.MonkeyPatch, replayed: bool) -> None:
+    """Let crop() replay tokens, or take the states after them, which are kept for a few tokens only."""
+    if replayed:
+        monkeypatch.setattr(fused_step, "MOST_DRAFTED", 0)
+
+
+@pytest.fixture(params=["states", "replay"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_back(monkeypatch, request.param == "replay")
+
+
+BOTH_WAYS = pytest.mark.usefixtures("both_ways")
 
 
 @torch.no_grad()
@@ -67,6 +85,7 @@ def test_size_is_constant_and_known(kind: str) -> None:
     assert cache.get_mask_sizes(5, 0) == (45, 0) and cache.get_max_length() == -1
 
 
+@BOTH_WAYS
 @ALL_MODELS
 def test_storage_stays_where_it_is(kind: str) -> None:
     """A captured graph reads the states by address."""
@@ -88,7 +107,9 @@ def test_storage_stays_where_it_is(kind: str) -> None:
 
 @ALL_MODELS
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copies_are_independent(kind: str, way: str) -> None:
+@GOING_BACK
+def test_copies_are_independent(kind: str, way: str, replayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_back(monkeypatch, replayed)
     model = make_model(kind)
     ids = random_ids(2, 9)
     cache = fill(model, ids[:, :5], ids[:, 5:], recording=True)
@@ -127,12 +148,16 @@ def test_batch_operations(kind: str) -> None:
 
 
 @ALL_MODELS
-def test_batch_operations_reach_pending_tokens_and_snapshots(kind: str) -> None:
+@GOING_BACK
+def test_batch_operations_reach_pending_tokens_and_snapshots(
+    kind: str, replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_back(monkeypatch, replayed)
     model = make_model(kind)
     ids = random_ids(2, 12)
     cache = fill(model, ids[:, :4], ids[:, 4:8], ids[:, 8:], recording=True)
     cache.crop(-2)
-    assert cache.pending_length == 2
+    assert cache.pending_length == (2 if replayed else 0)
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3]))
@@ -142,6 +167,7 @@ def test_batch_operations_reach_pending_tokens_and_snapshots(kind: str) -> None:
     assert_goes_on(model, cache, ids[:, :5])
 
 
+@BOTH_WAYS
 def test_batch_operations_before_the_first_token() -> None:
     model = make_model("mamba")
     cache = RecurrentCache(model.config)
@@ -167,6 +193,7 @@ def test_after_a_reset_the_batch_may_differ(kind: str, cache_class: type) -> Non
             assert (torch.cat(logits, dim=1) - model(ids).logits).abs().max().item() <= TOLERANCE
 
 
+@BOTH_WAYS
 @ALL_MODELS
 @pytest.mark.parametrize("pieces", [(11,), (1,) * 11, (4, 4, 3), (1, 7, 1, 2)], ids=str)
 @pytest.mark.parametrize("crops", [(-1,), (-3,), (-1, -1, -2), (-3, 0), (-11,)], ids=str)
@@ -185,6 +212,7 @@ def test_crop_goes_back_exactly(kind: str, pieces: tuple[int, ...], crops: tuple
         assert_goes_on(model, cache, torch.cat([ids[:, :left], new], dim=1), sizes=(1, 1))
 
 
+@BOTH_WAYS
 @ALL_MODELS
 def test_crop_far_back_replays_in_a_forward_of_its_own(kind: str) -> None:
     model = make_model(kind)
@@ -200,6 +228,7 @@ def test_crop_far_back_replays_in_a_forward_of_its_own(kind: str) -> None:
     assert cache.recording
 
 
+@BOTH_WAYS
 @ALL_MODELS
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
@@ -240,6 +269,7 @@ def test_outputs_leave_out_the_replayed_tokens(kind: str) -> None:
         assert torch.allclose(kept, whole.logits[:, -1:], atol=TOLERANCE)
 
 
+@BOTH_WAYS
 @ALL_MODELS
 def test_a_refused_call_loses_no_pending_tokens(kind: str) -> None:
     model = make_model(kind)
@@ -251,6 +281,7 @@ def test_a_refused_call_loses_no_pending_tokens(kind: str) -> None:
     assert_goes_on(model, cache, ids[:, :7])
 
 
+@BOTH_WAYS
 def test_snapshots_are_bounded() -> None:
     model = make_model("mamba2")
     ids = random_ids(1, 12)
@@ -266,6 +297,7 @@ def test_snapshots_are_bounded() -> None:
     assert_goes_on(model, before, ids)
 
 
+@BOTH_WAYS
 def test_crop_errors_leave_the_cache_as_it_was() -> None:
     model = make_model("mamba")
     ids = random_ids(1, 6)
@@ -280,13 +312,15 @@ def test_crop_errors_leave_the_cache_as_it_was() -> None:
     assert_goes_on(model, cache, ids)
 
 
-def test_crop_zero_and_stop_drop_the_snapshots() -> None:
+@GOING_BACK
+def test_crop_zero_and_stop_drop_the_snapshots(replayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_back(monkeypatch, replayed)
     model = make_model("mamba")
     ids = random_ids(1, 6)
     cache = fill(model, *ids.split(2, dim=1), recording=True)
     cache.crop(-1)
     cache.crop(0)
-    assert cache.pending_length == 1 and cache.recording
+    assert cache.pending_length == (1 if replayed else 0) and cache.recording
     with pytest.raises(ValueError, match="no snapshot"):
         cache.crop(-3)
     assert_goes_on(model, cache, ids[:, :5], sizes=(1, 1))
@@ -320,6 +354,7 @@ def test_wrong_batch_and_wrong_cache_are_refused() -> None:
         model(random_ids(2, 1), cache=cache, use_cache=False)
 
 
+@BOTH_WAYS
 @ALL_MODELS
 def test_a_cache_crosses_inference_mode(kind: str) -> None:
     model = make_model(kind)
@@ -337,6 +372,7 @@ def test_a_cache_crosses_inference_mode(kind: str) -> None:
     assert_goes_on(model, started_again, ids[:, :0], sizes=(1, 2))
 
 
+@BOTH_WAYS
 @ALL_MODELS
 def test_states_hold_no_graph(kind: str) -> None:
     model = make_model(kind)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_mamba import RecurrentCache
+from hf_mamba.layers import fused_step
 
 from .builders import ALL_MODELS, make_model, random_ids
 from .test_cache import assert_goes_on, fill, states_of
@@ -71,7 +72,7 @@ def test_a_saved_conversation_goes_on(kind: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("mamba")
     empty, cache = RecurrentCache(model.config), fill(model, random_ids(2, 3))
     for rows, message in (
@@ -106,6 +107,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"not written by RecurrentCache.save\(\)"):
         RecurrentCache.load(path, model.config)
+    recorded = fill(model, random_ids(1, 2), random_ids(1, 5), recording=True)
+    recorded.crop(-2)
+    # the states were at hand
+    assert recorded.select([0]).get_seq_length() == 5
+    monkeypatch.setattr(fused_step, "MOST_DRAFTED", 0)
     recorded = fill(model, random_ids(1, 2), random_ids(1, 5), recording=True)
     recorded.crop(-2)
     for use in (lambda: recorded.select([0]), lambda: recorded.save(path), lambda: cache.insert([0], recorded)):

@@ -1,0 +1,356 @@
+"""Prompt lookup as a replayed CUDA graph: drafting, verifying and accepting several tokens are one launch for the host.
+
+A step feeds the last token and a draft of those after it, takes the model's own choice after each, and accepts the draft as far
+as it agrees. The states of every layer after each token are kept (`RecurrentCache.for_verifying`), and the next step starts at
+those of the last token accepted, so nothing is ever copied back or fed again. The draft is what followed the same last tokens
+before; where that reaches the end of the text, it goes on periodically. Which draft it is makes no difference to the tokens.
+
+A step of several tokens takes longer than one of a single token. Where drafts are refused, the host therefore goes over to plain
+steps for a while, on states of their own; two small graphs carry the states from one to the other.
+
+Symbols: T tokens of a step (a draft of T - 1), S places for the text, G longest match, V vocabulary.
+"""
+
+import inspect
+import os
+import threading
+import weakref
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+
+from ..cache import ONE_NAME, RecurrentCache
+from ..layers.fused_step import MOST_DRAFTED
+from . import graph_loop, graphs
+
+__all__ = ["PromptLookup", "plan_lookup"]
+
+# steps that may be in flight before the host looks at the results of the oldest
+RUN_AHEAD = 2
+# drafted steps after which drafts are judged, and how many of their tokens must have been accepted to go on
+JUDGED, ENOUGH = 4, 4
+# plain steps before drafts are tried again: twice as many each time they are refused
+SHORTEST_PAUSE, LONGEST_PAUSE = 16, 256
+# steps that are kept for a model
+MAX_STEPS = 2
+# of the arguments of _assisted_decoding, those that mean another kind of draft
+OTHER_DRAFTS = ("assistant_model", "assistant_tokenizer")
+
+
+class LookupStep:
+    """One step as a graph: `text` grows by the accepted tokens, `ids` gets the next draft.
+
+    Args:
+        model: the language model.
+        cache: states of the right shapes.
+        tokens: T.
+        longest: G, the most tokens that are compared to find a draft.
+        capacity: S.
+
+    Attributes:
+        report: (T + 1,) int64: how many drafted tokens were accepted, and the model's choice after each token.
+        drafted, plain: the graphs of a step with a draft and of one without.
+        to_plain, to_drafted: those that carry the states over.
+    """
+
+    def __init__(self, model: Any, cache: RecurrentCache, tokens: int, longest: int, capacity: int):
+        self.model = weakref.ref(model)
+        device = model.device
+        self.tokens, self.longest, self.capacity = tokens, longest, capacity
+        self.cache, self.single = cache.for_verifying(tokens), cache.empty()
+        self.single.copy_from(cache)
+        self.accepted = self.cache.drafts()[0].accepted
+        self.ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+        # in front of the text stand places that match no token
+        self.padded = torch.full((longest + capacity,), -1, dtype=torch.int64, device=device)
+        self.text = self.padded[longest:]
+        self.length = torch.ones(1, dtype=torch.int64, device=device)
+        self.report = torch.zeros(tokens + 1, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(tokens, device=device)
+        self.places = torch.arange(capacity, device=device)
+        self.lock = threading.Lock()
+        pinned = device.type == "cuda"
+        self.slots = [
+            (torch.zeros(tokens + 1, dtype=torch.int64, pin_memory=pinned), torch.cuda.Event() if pinned else None)
+            for _ in range(RUN_AHEAD + 1)
+        ]
+        with model._optimize_model_for_decode():
+            self.drafted = graphs.capture(self._drafted_step, device)
+            self.plain = graphs.capture(self._plain_step, device)
+        self.to_plain = graphs.capture(self._to_plain, device)
+        self.to_drafted = graphs.capture(self._to_drafted, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states and the logits."""
+        model = self.model()
+        vocab_size = 0 if model is None else model.config.vocab_size
+        drafts = sum(drafts.nbytes for drafts in self.cache.drafts())
+        return drafts + self.single.nbytes + 4 * self.tokens * vocab_size
+
+    def begin(self, input_ids: Tensor, cache: RecurrentCache) -> None:
+        """Start with a prompt (1, L) of which `cache` has seen all but the last token."""
+        length = input_ids.shape[1]
+        self.text.fill_(-1)
+        self.text[:length] = input_ids[0]
+        self.length.fill_(length)
+        self.cache.take_for_verifying(cache)
+        self._draft()
+
+    def _choices(self, ids: Tensor, cache: RecurrentCache) -> Tensor:
+        model = self.model()
+        assert model is not None
+        return model(input_ids=ids, cache=cache, return_dict=True).logits[0].argmax(dim=-1)
+
+    def _drafted_step(self) -> None:
+        chosen = self._choices(self.ids, self.cache)
+        agrees = (chosen[:-1] == self.ids[0, 1:]).long()
+        count = agrees.cumprod(dim=0).sum(dim=0, keepdim=True)
+        self.accepted.copy_(count)
+        # those after the accepted ones are overwritten before anybody looks
+        self.text.index_copy_(0, self.length + self.offsets, chosen)
+        self._grow(count + 1)
+        self.report[:1].copy_(count)
+        self.report[1:].copy_(chosen)
+        self._draft()
+
+    def _plain_step(self) -> None:
+        chosen = self._choices(self.ids[:, :1], self.single)
+        self.text.index_copy_(0, self.length, chosen)
+        self._grow(1)
+        self.ids[0, :1].copy_(chosen)
+        self.report[:1].zero_()
+        self.report[1:2].copy_(chosen)
+
+    def _grow(self, count: Tensor | int) -> None:
+        # steps that run ahead of the host's notice to stop must not leave the buffer
+        torch.clamp(self.length + count, max=self.capacity - self.tokens, out=self.length)
+
+    def _to_plain(self) -> None:
+        for drafts, (conv_state, ssm_state) in zip(self.cache.drafts(), self.single.states(), strict=True):
+            places = self.accepted + 1 + torch.arange(conv_state.shape[2], device=conv_state.device)
+            conv_state.copy_(drafts.history.index_select(1, places).mT)
+            ssm_state.copy_(drafts.states.index_select(1, self.accepted)[:, 0])
+
+    def _to_drafted(self) -> None:
+        self.cache.take_for_verifying(self.single)
+        self._draft()
+
+    def _draft(self) -> None:
+        """What followed the last tokens where they stood before: of the longest matches the latest."""
+        end = self.length - 1
+        last = self.text.index_select(0, end)
+        matches = torch.ones_like(self.places, dtype=torch.bool)
+        score = torch.zeros_like(self.places)
+        for back in range(self.longest):
+            wanted = self.padded.index_select(0, end + (self.longest - back))
+            matches = matches & (self.padded[self.longest - back : self.longest - back + self.capacity] == wanted)
+            score = score + matches
+        ranked = torch.where(self.places < end, score * self.capacity + self.places, -1)
+        place = ranked.argmax(dim=0, keepdim=True)
+        period = (end - place).clamp(min=1)
+        drafted = self.text.index_select(0, place + 1 + self.offsets[:-1] % period)
+        self.ids[0, :1].copy_(last)
+        # with no text before the last token there is nothing to find
+        self.ids[0, 1:].copy_(torch.where(drafted < 0, last, drafted))
+
+
+# they are dropped together with the other graphs of a model, when something in it changes
+_steps: "weakref.WeakKeyDictionary[graphs.Graphs, OrderedDict]" = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class PromptLookup:
+    """What is known of a call of `generate(prompt_lookup_num_tokens=…)` before its prompt is read."""
+
+    model: Any
+    generation_config: Any
+    eos_token_ids: list[int]
+    max_length: int
+    streamer: Any
+
+    def run(self, input_ids: Tensor, cache: RecurrentCache, kept: bool) -> Any:
+        """Generate after a prompt of which the cache has seen all but the last token.
+
+        Args:
+            input_ids: (1, L), the prompt.
+            cache: moved on to the end if `kept`.
+            kept: whether anyone reads `cache` afterwards.
+
+        Returns:
+            What `GenerationMixin._assisted_decoding` returns, or None if nothing could be captured; then nothing has changed.
+        """
+        length = input_ids.shape[1]
+        fits = cache.batch_size == 1 and cache.get_seq_length() == length - 1 and not cache.pending_length
+        if not fits or self.max_length - length < graph_loop.WORTH_CAPTURING:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            step = self._prepare(cache)
+            if step is None:
+                return None
+            try:
+                step.begin(input_ids, cache)
+                tokens, states, last = self._loop(step, self.max_length - length, 0 if kept else RUN_AHEAD)
+                if kept:
+                    if states.verifying:
+                        states.give_verified(cache, last)
+                    else:
+                        cache.copy_from(states)
+                    cache._seen = length + len(tokens) - 1
+            finally:
+                step.lock.release()
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = torch.cat([input_ids, input_ids.new_tensor([tokens])], dim=1)
+        if not self.generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences, **{"cache" if ONE_NAME else "past_key_values": cache})
+
+    def _prepare(self, cache: RecurrentCache) -> LookupStep | None:
+        """The step, locked for this call; None if it cannot be had."""
+        config = self.generation_config
+        tokens = min(config.prompt_lookup_num_tokens + 1, MOST_DRAFTED)
+        longest = config.max_matching_ngram_size or 2
+        capacity = max(graph_loop.SMALLEST_CAPACITY, 1 << (self.max_length + 2 * tokens - 1).bit_length())
+        key = ("prompt lookup", tokens, longest, capacity, graphs.step_key(cache))
+        with graphs.CAPTURING:
+            store = graphs.graphs_of(self.model)
+            if store is None:
+                return None
+            steps = _steps.setdefault(store, OrderedDict())
+
+            def make() -> LookupStep:
+                step = steps.pop(key, None)
+                if step is None:
+                    budget = graphs.MEMORY_SHARE * graphs.device_memory(self.model.device) - tokens * cache.nbytes
+                    while steps and (len(steps) >= MAX_STEPS or sum(s.nbytes for s in steps.values()) > budget):
+                        steps.popitem(last=False)
+                    step = LookupStep(self.model, cache, tokens, longest, capacity)
+                steps[key] = step
+                return step
+
+            step = graph_loop._attempt(store, key, make, "a step of prompt lookup")
+            # a locked step is decoding for another thread
+            return step if step is not None and step.lock.acquire(blocking=False) else None
+
+    def _loop(self, step: LookupStep, most: int, run_ahead: int) -> tuple[list[int], RecurrentCache, int]:
+        """The new tokens, and where the states before the last one are: in which cache, after which of the tokens fed last."""
+        tokens: list[int] = []
+        free = list(step.slots[: run_ahead + 1])
+        pending: deque = deque()
+        pace = _Pace()
+        while True:
+            drafting = pace.next(step)
+            (step.drafted if drafting else step.plain).replay()
+            report, event = free.pop()
+            report.copy_(step.report, non_blocking=True)
+            if event is not None:
+                event.record(torch.cuda.current_stream(step.ids.device))
+            pending.append((report, event, drafting))
+            while len(pending) > run_ahead or (pending and (event is None or pending[0][1].query())):
+                report, done, drafted = pending.popleft()
+                if done is not None:
+                    done.synchronize()
+                count, *chosen = report.tolist()
+                free.append((report, done))
+                if drafted:
+                    pace.judge(count)
+                new = chosen[: min(count + 1, most - len(tokens))]
+                ends = [index for index, token in enumerate(new) if token in self.eos_token_ids]
+                if ends:
+                    new = new[: ends[0] + 1]
+                tokens += new
+                if self.streamer is not None:
+                    self.streamer.put(torch.tensor([new]))
+                if ends or len(tokens) == most:
+                    return tokens, step.cache if drafted else step.single, len(new) - 1
+
+
+@dataclass
+class _Pace:
+    """Whether the next step drafts: not for a while after drafts were refused."""
+
+    drafting: bool = True
+    accepted: int = 0
+    judged: int = 0
+    pause: int = field(default_factory=lambda: SHORTEST_PAUSE)
+    left: int = 0
+
+    def judge(self, accepted: int) -> None:
+        """Take note of how many tokens of a draft were accepted."""
+        self.accepted += accepted
+        self.judged += 1
+
+    def next(self, step: LookupStep) -> bool:
+        """Whether to draft now; the states are where they have to be for it."""
+        if self.drafting and self.judged >= JUDGED:
+            if self.accepted < ENOUGH:
+                self.left, self.drafting = self.pause, False
+                self.pause = min(2 * self.pause, LONGEST_PAUSE)
+                step.to_plain.replay()
+            else:
+                self.pause = SHORTEST_PAUSE
+            self.accepted = self.judged = 0
+        elif not self.drafting and self.left == 0:
+            # what came back since was drafted before the pause
+            self.accepted = self.judged = 0
+            self.drafting = True
+            step.to_drafted.replay()
+        self.left -= 1
+        return self.drafting
+
+
+def plan_lookup(model: Any, input_ids: Tensor, cache: Any, options: dict[str, Any]) -> PromptLookup | None:
+    """How to decode by graphs, or None where transformers' own loop has to do it.
+
+    Args:
+        model: the language model.
+        input_ids: (B, L), the prompt.
+        cache: the cache of the call.
+        options: the keyword arguments of `_assisted_decoding`, those of the model among them.
+    """
+    config = options["generation_config"]
+    if config.prompt_lookup_num_tokens is None or config.prompt_lookup_num_tokens < 1 or config.do_sample:
+        return None
+    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or config.disable_compile:
+        return None
+    if not graph_loop.runs_graphs(model.device) or options.get("synced_gpus") or config.is_assistant:
+        return None
+    if any(options.get(name) is not None for name in OTHER_DRAFTS) or getattr(config, "assistant_early_exit", None):
+        return None
+    if config.output_attentions or config.output_hidden_states:
+        return None
+    if config.return_dict_in_generate and (config.output_scores or config.output_logits):
+        return None
+    if not isinstance(cache, RecurrentCache) or cache.recording or not options.get("use_cache"):
+        return None
+    if input_ids.shape[0] != 1 or input_ids.shape[1] < 2 or options.get("inputs_embeds") is not None:
+        return None
+    names = set(inspect.signature(GenerationMixin._assisted_decoding).parameters)
+    arguments = {name: value for name, value in options.items() if name not in names}
+    if any(name not in graph_loop.USED_UP and value is not None for name, value in arguments.items()):
+        return None
+    if len(options.get("logits_processor") or ()) or torch.is_autocast_enabled(model.device.type):
+        return None
+    max_length, eos_token_ids = None, []
+    for criterion in options.get("stopping_criteria") or ():
+        if type(criterion) is MaxLengthCriteria:
+            max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            eos_token_ids += criterion.eos_token_id.tolist()
+        else:
+            return None
+    if max_length is None:
+        return None
+    return PromptLookup(
+        model=model,
+        generation_config=config,
+        eos_token_ids=eos_token_ids,
+        max_length=max_length,
+        streamer=options.get("streamer"),
+    )
