@@ -34,6 +34,7 @@ from .triton_common import (
     ceil_div,
     channels_of,
     chunk_bounds,
+    combine,
     decay_of,
     load_projection,
     load_tile,
@@ -70,12 +71,12 @@ def _states(a1, h1, kept1, a2, h2, kept2):
 
 
 @triton.jit
-def _gradients(a1, others1, sent1, dh1, a2, others2, sent2, dh2):
-    """The recurrence of the state's gradient, later tokens first: `sent` to the token before, and `dh` itself.
-
-    `others` is the product of all decays but the last.
-    """
-    return a1 * a2, a1 * others2, a2 * sent1 + sent2, others2 * sent1 + dh2
+def _later_decays(decay, k, K: tl.constexpr):
+    """For the tokens of a tile, last one first: the decay of the token after each, 1 for the last."""
+    found = tl.full(decay.shape, 1.0, tl.float32)
+    for i in tl.static_range(1, K):
+        found = tl.where(k == i, row_of(decay, k, K - i)[None, :], found)
+    return found
 
 
 @triton.jit
@@ -278,14 +279,10 @@ def _selective_scan_bwd_kernel(
                 scanned += states * C_n[j]
                 for_C = states * g
 
-                decay = tl.flip(decay, 0)
                 own = tl.flip(g * C_n[j], 0)
                 own = tl.where(k == 0, own + dh[j], own)
-                ones = tl.full((K, BD), 1.0, tl.float32)
-                _product, _others, sent, grad_states = tl.associative_scan(
-                    (decay, ones, decay * own, own), 0, _gradients
-                )
-                sent_on = sent_on + (row_of(sent, k, K - 1),)
+                _product, grad_states = tl.associative_scan((_later_decays(decay, k, K), own), 0, combine)
+                sent_on = sent_on + (row_of(decay, k, 0) * row_of(grad_states, k, K - 1),)
                 grad_states = tl.flip(grad_states, 0)
                 for_B = grad_states * u
                 if MATRIX_SUMS:
