@@ -84,8 +84,10 @@ def _has_forward_of_block(kind: type[nn.Module]) -> bool:
 
 
 def _is_unhooked(module: nn.Module) -> bool:
-    """Whether calling `module` runs the `forward` of its class and nothing else."""
-    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
+    """Whether calling `module`, forward and backward, runs the `forward` of its class and nothing else."""
+    return "forward" not in vars(module) and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _is_plain_norm(norm: Any, dtype: torch.dtype) -> bool:
@@ -393,11 +395,14 @@ class RecurrentModel(RecurrentPreTrainedModel):
         return hidden_states, collected, {}
 
     def _streams(self, hidden_states: Tensor, cache: Cache | None) -> bool:
-        """Whether several tokens without gradients go through plain blocks.
+        """Whether several tokens go through plain blocks.
 
         Steps of one token and those of a draft have ways of their own, inside of the blocks.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.shape[1] < 2:
+        if torch.compiler.is_compiling() or hidden_states.shape[1] < 2:
+            return False
+        # a checkpoint computes whole blocks again
+        if self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             return False
         if getattr(cache, "recording", False) or getattr(cache, "verifying", False):
             return False

@@ -474,3 +474,31 @@ def test_the_residual_stream_is_left_where_blocks_do_more(monkeypatch: pytest.Mo
         model(ids)
     model(ids)
     assert len(streams) == 2
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_gradients_through_the_residual_stream(device: torch.device, kind: str) -> None:
+    model = make_talker(kind, num_hidden_layers=3).to(device)
+    ids = random_ids(2, 21).to(device)
+    gradients = []
+    for output_hidden_states in (True, False):
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False, output_hidden_states=output_hidden_states).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-5 * scale, rtol=1e-5, msg=name)
+    # a block that is checkpointed, or whose backward somebody watches, is called
+    streams = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = RecurrentModel._run_stream
+        patch.setattr(RecurrentModel, "_run_stream", lambda *args: streams.append(1) or run(*args))
+        model(ids)
+        assert len(streams) == 1
+        handle = model.backbone.layers[1].register_full_backward_hook(lambda *_: None)
+        model(ids)
+        handle.remove()
+        model.train()
+        model.gradient_checkpointing_enable()
+        model(ids)
+    assert len(streams) == 1
