@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from hf_mamba.models import training_graph
 
 from .models.builders import ALL_MODELS, make_model, random_ids
+from .test_training_trainer import rows, run
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 # one after the other on a GPU: what is summed in another order differs from run to run
@@ -188,3 +189,19 @@ def test_a_capture_that_fails_is_the_usual_way_with_one_warning(monkeypatch, cap
     model.graph_training = True
     assert losses_of(model, 4) == pytest.approx(losses_of(make_model("mamba2").train(), 4))
     assert not graphs_of(model)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
+def test_trainer_with_a_graph(device: str, adapter: bool, tmp_path) -> None:
+    """Accumulation, bf16 autocast, clipping; the Trainer hands over masks and numbers of items."""
+    losses = []
+    for graph in (False, True):
+        model = make_model("mamba2")
+        model.graph_training = graph
+        trained = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False)) if adapter else model
+        data = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows()]
+        options = {"use_cpu": device == "cpu", "bf16": True, "gradient_accumulation_steps": 2}
+        losses.append(run(trained, tmp_path / str(graph), data=data, **options))
+        assert len(graphs_of(model)) == int(graph)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
