@@ -2,7 +2,9 @@
 
 Forward: the plan (two launches), the rows gathered, the first product, activation, the second product, and the weighted sum
 of a token's rows. Torch's grouped product is the vendor's (CUTLASS) and takes the groups' ends from the device's memory. In half
-precision, where a multiprocessor has the memory for it, gather, first product and activation are one launch of our own.
+precision, where a multiprocessor has the memory for it, gather, first product and activation are one launch of our own. In fp32
+and fp16 torch's product waits for the host; so few rows as a prompt has, which may be captured in a CUDA graph, are multiplied by
+our kernel too.
 
 Symbols: N tokens, k experts per token, S = N k rows, d model width, E experts, F expert width.
 """
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 
 from ..autograd import first_order_only
 from .triton_activation import activate, activation_gradient, sum_of_groups
-from .triton_fused_up import fused_up, fused_up_fits
+from .triton_grouped import LARGE, grouped_rows, large_tiles_fit, multiplies
 from .triton_plan import Plan, combine, gather, make_plan, spread
 
 __all__ = ["routed_experts_triton"]
@@ -47,13 +49,18 @@ class RoutedExperts(torch.autograd.Function):
     ) -> Tensor:
         plan = make_plan(indices, up.shape[0])
         weights = weights.contiguous()
+        keep, slots = any(ctx.needs_input_grad), indices.numel()
+        captured = not keep and multiplies(x, slots, up)
+        large = large_tiles_fit(x, slots, up)
         h: Tensor | None
-        if up_bias is None and fused_up_fits(x, indices.numel(), up):
-            h, a = fused_up(x, plan, up, activation, gated, keep=any(ctx.needs_input_grad))
+        if up_bias is None and (large or captured):
+            tuning = LARGE if large else None
+            h, a = grouped_rows(x, plan, up, activation, gated, keep=keep, gather=True, tuning=tuning)
         else:
-            h = grouped(gather(x, plan, up.dtype), up.mT, plan.ends)
+            rows = gather(x, plan, up.dtype)
+            h = grouped_rows(rows, plan, up)[1] if captured else grouped(rows, up.mT, plan.ends)
             a = activate(h, up_bias, plan, activation, gated)
-        y = grouped(a, down.mT, plan.ends)
+        y = grouped_rows(a, plan, down)[1] if captured else grouped(a, down.mT, plan.ends)
         ctx.save_for_backward(x, h, a, y, weights, up, down, up_bias, down_bias, *plan)
         ctx.activation, ctx.gated = activation, gated
         return combine(y, plan, weights, x.dtype, x.shape[0], down_bias)
