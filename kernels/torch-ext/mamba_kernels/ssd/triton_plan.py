@@ -7,11 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packing import remembered
-
-try:
-    from ..selective_scan.triton_chain import chunk_table
-except ImportError:
-    from ..selective_scan.triton_common import chunk_table
+from ..selective_scan.triton_chain import chunk_table
 
 __all__ = ["Operands", "Plan", "Tuning", "ceil_div", "plan_of", "power_of_two", "segment_table", "strides_of"]
 
