@@ -28,6 +28,10 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "experts-of-one-token": {"op": "experts", "tokens": 1, "gated": True},
     "experts-of-many-tokens": {"op": "experts", "tokens": 1100, "experts": 3, "channels": 4, "inner": 4},
     "one-expert": {"op": "experts", "experts": 1},
+    "products": {"op": "products"},
+    "products-gated": {"op": "products", "gated": True, "activation": "gelu", "top_k": 2, "channels": 40, "inner": 24},
+    "products-of-missing": {"op": "products", "missing": 2, "gated": True, "top_k": 2, "tokens": 60, "experts": 2},
+    "products-alone": {"op": "products", "activation": "none", "channels": 20},
     "step": {"op": "step"},
     "step-four-tokens": {"op": "step", "tokens": 4, "gated": True, "top_k": 2, "activation": "gelu"},
     "step-five-tokens": {"op": "step", "tokens": 5, "gated": True},
@@ -144,6 +148,43 @@ def errors_of_experts(
 
 
 @torch.no_grad()
+def errors_of_products(
+    top_k: int = 1,
+    activation: str = "relu",
+    gated: bool = False,
+    missing: int = 0,
+    tuning: tuple[int, ...] | None = (16, 16, 16, 1, 1),
+    **sizes: Any,
+) -> dict[str, float]:
+    """The Triton product of rows with their experts' matrices, of gathered tokens and with an activation."""
+    from mamba_kernels.moe import triton_grouped, triton_plan
+
+    operands = make_operands(gated=gated, **sizes)
+    x, up = operands["x"], operands["up"]
+    assert x is not None and up is not None
+    indices = torch.rand(x.shape[0], up.shape[0] + missing, device=x.device).topk(top_k).indices
+    plan = triton_plan.make_plan(indices, up.shape[0])
+    order = indices.clamp(max=up.shape[0]).flatten().sort(stable=True)
+    rows = triton_plan.gather(x, plan, x.dtype)
+    errors = {"plan": 0.0 if torch.equal(plan.slot_of_row.long(), order.indices) else float("inf")}
+    found = [
+        triton_grouped.grouped_rows(x, plan, up, activation, gated, keep=True, gather=True, tuning=tuning),
+        triton_grouped.grouped_rows(rows, plan, up, activation, gated, keep=True, tuning=tuning),
+    ]
+    count = int((order.values < up.shape[0]).sum())
+    experts = order.values[:count]
+    h = torch.einsum("sd,sfd->sf", x.double()[order.indices[:count] // top_k], up.double()[experts])
+    inner = h.chunk(2, dim=1)[0] if gated else h
+    a = inner if activation == "none" else reference.activation_ref(inner, activation)
+    if gated:
+        a = a * h.chunk(2, dim=1)[1]
+    for name, (kept, result) in zip(("gathered", "rows"), found, strict=True):
+        assert kept is not None
+        errors |= {f"h, {name}": relative(kept[:count], h), f"a, {name}": relative(result[:count], a)}
+    return errors
+
+
+@torch.no_grad()
 def errors_of_step(
     top_k: int = 1,
     activation: str = "relu",
@@ -183,4 +224,10 @@ def errors_of_step(
 def errors_of_case(op: str, implementation: str = "triton", **case: Any) -> dict[str, float]:
     """RMS-relative errors of results and gradients against the oracle; infinite where something is not finite."""
     with mamba_kernels.backend(implementation):
-        return {"route": errors_of_route, "experts": errors_of_experts, "step": errors_of_step}[op](**case)
+        ops = {
+            "route": errors_of_route,
+            "experts": errors_of_experts,
+            "step": errors_of_step,
+            "products": errors_of_products,
+        }
+        return ops[op](**case)

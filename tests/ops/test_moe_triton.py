@@ -58,6 +58,27 @@ GPU_CASES: dict[str, dict[str, Any]] = {
         "bias": True,
         "missing": 2,
     },
+    # enough rows for the large tiles of half precision; widths that they do not divide
+    "experts-many-tokens": {
+        "op": "experts",
+        "tokens": 1500,
+        "channels": 200,
+        "inner": 264,
+        "gated": True,
+        "activation": "silu",
+        "experts": 9,
+        "missing": 1,
+    },
+    "products": {
+        "op": "products",
+        "tokens": 100,
+        "channels": 96,
+        "inner": 80,
+        "tuning": None,
+        "top_k": 2,
+        "missing": 2,
+    },
+    "products-gated": {"op": "products", "tokens": 300, "channels": 512, "inner": 192, "gated": True, "tuning": None},
     "step": {"op": "step", "channels": 512, "inner": 1536, "experts": 42},
     "step-gated": {
         "op": "step",
@@ -113,9 +134,10 @@ def test_same_bits_every_time_on_gpu() -> None:
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_steps_and_layers_are_captured_on_gpu() -> None:
+@DTYPES
+def test_steps_and_layers_are_captured_on_gpu(dtype: torch.dtype) -> None:
     """A graph that was captured with one choice of experts computes another one; nothing waits for the host."""
-    operands = make_operands(64, 128, 8, 192, gated=True, dtype=BF16, device="cuda")
+    operands = make_operands(64, 128, 8, 192, gated=True, dtype=dtype, device="cuda")
     x, weights = operands.pop("x"), torch.randn(8, 128, device="cuda")
     assert x is not None
 
