@@ -181,8 +181,10 @@ def test_mixtral_runs_on_fused_experts_on_gpu(calls: list[str]) -> None:
 
 
 @pytest.mark.gpu
-def test_generation_equals_the_eager_experts_on_gpu() -> None:
-    model = make_model("moe_mamba", moe_gated=True, num_experts_per_tok=2, tie_word_embeddings=False).to("cuda")
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_generation_equals_the_eager_experts_on_gpu(norm: str) -> None:
+    options = {"moe_gated": True, "num_experts_per_tok": 2, "norm_type": norm, "tie_word_embeddings": False}
+    model = make_model("moe_mamba", **options).to("cuda")
     ids = random_ids(2, 7).to("cuda")
     texts = []
     for name in ("eager", FUSED):

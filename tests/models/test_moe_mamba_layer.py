@@ -11,8 +11,11 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_mamba import MoeMambaConfig
+from hf_mamba.layers import LayerNorm, RMSNorm
 from hf_mamba.layers.switch import TopKRouter, load_balancing_loss, router_z_loss, within_capacity
+from hf_mamba.models.moe_mamba.fused import fused_block_step
 from hf_mamba.models.moe_mamba.modeling_moe_mamba import MoeMambaMLP, MoeMambaSparseMoe
+from mamba_kernels.dispatch import select
 
 BACKENDS = ("eager", "batched_mm", "grouped_mm", "fused")
 SIZES = {"hidden_size": 8, "num_experts": 5, "moe_intermediate_size": 12}
@@ -361,3 +364,25 @@ def test_grouped_backend_takes_any_width(overrides: dict) -> None:
     torch.testing.assert_close(layer(x)[0], expected_layer(x)[0])
     layer(x)[0].sum().backward()
     layer.double()(x.double())
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@torch.no_grad()
+def test_fused_block_step(residual_dtype: torch.dtype) -> None:
+    """Norm, routed layer and residual in three launches are what the modules make of them."""
+    if select("experts_step", torch.device("cpu")) != "triton":
+        pytest.skip("needs the kernels; test_layer_under_the_interpreter runs it")
+    layer = make_layer("fused", torch.float32, num_experts_per_tok=2, norm_topk_prob=True, moe_gated=True).eval()
+    norm = RMSNorm(8)
+    torch.nn.init.normal_(norm.weight)
+    for rows in (1, 4):
+        x = torch.randn(rows, 1, 8).to(residual_dtype)
+        out, logits = fused_block_step(norm, layer, x)
+        update, expected_logits = layer(norm(x.float()))
+        assert out.dtype == torch.float32 and out.shape == x.shape and logits.shape == expected_logits.shape
+        torch.testing.assert_close(out, x.float() + update, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=1e-5)
+    assert fused_block_step(LayerNorm(8), layer, x) is None
+    assert fused_block_step(norm, layer, torch.randn(5, 1, 8)) is None
+    layer.observer = print
+    assert fused_block_step(norm, layer, x) is None

@@ -230,9 +230,8 @@ class MoeMambaSparseMoe(nn.Module):
         flat_valid = None if valid is None else valid.flatten()
         training = self.training and not dropless
         fused = self.config._experts_implementation == FUSED
-        # adapters wrap the experts
-        plain = fused and type(self.experts) is MoeMambaExperts
-        step = fused_step(self.router, self.experts, tokens) if plain and not training else None
+        may_step = fused and not training and self.has_plain_experts()
+        step = fused_step(self.router, self.experts, tokens) if may_step else None
         if step is not None:
             out, router_logits, weights, indices = step
         else:
@@ -250,6 +249,10 @@ class MoeMambaSparseMoe(nn.Module):
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
         return out.view_as(hidden_states), router_logits.unflatten(0, hidden_states.shape[:2])
+
+    def has_plain_experts(self) -> bool:
+        """Whether the experts stand alone, without an adapter around them."""
+        return type(self.experts) is MoeMambaExperts
 
 
 def truncated_normal_(tensor: Tensor, scale: float, fan_in: int) -> None:

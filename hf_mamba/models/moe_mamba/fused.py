@@ -16,9 +16,10 @@ from mamba_kernels import fused_linear
 from mamba_kernels.dispatch import MOST_ROWS, select
 from mamba_kernels.moe import experts_step, route, routed_experts
 
+from ...layers.norms import RMSNorm
 from ...layers.switch import TopKRouter
 
-__all__ = ["FUSED", "fused_experts_forward", "fused_router", "fused_step", "kernels_fit"]
+__all__ = ["FUSED", "fused_block_step", "fused_experts_forward", "fused_router", "fused_step", "kernels_fit"]
 
 FUSED = "fused"
 
@@ -150,17 +151,27 @@ def fused_step(router: Any, experts: Any, tokens: Tensor) -> tuple[Tensor, Tenso
     """
     if not 0 < tokens.shape[0] <= MOST_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    dtype = experts.down_proj.dtype
-    if (
-        not _is_plain_router(router, tokens)
-        or not _is_unhooked(experts)
-        or type(experts.down_proj) is not nn.Parameter
-        or torch.is_autocast_enabled(tokens.device.type)
-        or not kernels_fit(experts, tokens, dtype)
-    ):
+    if not _is_plain_router(router, tokens) or not _are_plain_experts(experts, tokens):
         return None
     router_logits = fused_linear(tokens, router.weight, bias=router.bias)
-    out, indices, weights = experts_step(
+    out, indices, weights = _step(router, experts, tokens, router_logits)
+    return out.to(tokens.dtype), router_logits, weights, indices
+
+
+def _are_plain_experts(experts: Any, tokens: Tensor) -> bool:
+    """Whether the experts are no more than `experts_step` is, and lie whole beside the tokens."""
+    return (
+        _is_unhooked(experts)
+        and type(experts.down_proj) is nn.Parameter
+        and not torch.is_autocast_enabled(tokens.device.type)
+        and kernels_fit(experts, tokens, experts.down_proj.dtype)
+    )
+
+
+def _step(
+    router: Any, experts: Any, tokens: Tensor, router_logits: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return experts_step(
         tokens,
         router_logits=router_logits,
         top_k=router.top_k,
@@ -168,5 +179,38 @@ def fused_step(router: Any, experts: Any, tokens: Tensor) -> tuple[Tensor, Tenso
         normalize=router.normalize,
         scale=router.scaling_factor,
         **_arguments(experts),
+        **options,
     )
-    return out.to(tokens.dtype), router_logits, weights, indices
+
+
+def fused_block_step(norm: nn.Module, moe: Any, residual: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`residual + moe(norm(residual))` of a dropless decoding step in three launches; None where the modules have to be called.
+
+    Args:
+        norm: in front of the routed layer.
+        moe: a `MoeMambaSparseMoe`.
+        residual: (B, L, d) with B·L ≤ 4, in the dtype of the residual stream.
+
+    Returns:
+        The residual stream (B, L, d), and the router logits (B, L, E).
+    """
+    tokens = residual.flatten(0, 1)
+    if not 0 < tokens.shape[0] <= MOST_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    experts, router = moe.experts, moe.router
+    if (
+        type(norm) is not RMSNorm
+        or moe.config._experts_implementation != FUSED
+        or moe.observer is not None
+        or moe.shared_experts is not None
+        or not (_is_unhooked(norm) and _is_unhooked(moe))
+        or not moe.has_plain_experts()
+        or norm.weight.dtype != experts.down_proj.dtype
+        or not _is_plain_router(router, tokens)
+        or not _are_plain_experts(experts, tokens)
+    ):
+        return None
+    options: dict[str, Any] = {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
+    router_logits = fused_linear(tokens, router.weight, bias=router.bias, **options)
+    out, *_ = _step(router, experts, tokens, router_logits, residual=tokens, **options)
+    return out.view_as(residual), router_logits.unflatten(0, residual.shape[:2])

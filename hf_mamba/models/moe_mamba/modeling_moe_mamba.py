@@ -27,7 +27,7 @@ from ..outputs import RecurrentCausalLMOutput, RecurrentClassifierOutput, Recurr
 from ..recurrent import RecurrentModel, RecurrentPreTrainedModel
 from .configuration_moe_mamba import MoeMambaConfig
 from .experts import MoeMambaMLP, MoeMambaSparseMoe, StackedExperts, truncated_normal_
-from .fused import FUSED
+from .fused import FUSED, fused_block_step
 
 __all__ = [
     "MoeMambaCausalLMOutput",
@@ -122,6 +122,10 @@ class MoeMambaBlock(GradientCheckpointingLayer):
             stepped = fused_step(self.norm, self.mixer, out, cache, seq_idx)
             if stepped is not None:
                 return stepped, None
+        if cache is not None and self.moe is not None and self.mixer is None:
+            routed = fused_block_step(self.norm, self.moe, out)
+            if routed is not None:
+                return routed
         normed = self.norm(hidden_states)
         if self.mixer is not None:
             out = out + self.mixer(normed, cache=cache, seq_idx=seq_idx)
