@@ -71,6 +71,16 @@ class Watch:
         # by weak references: what watches a model must not keep it
         self.modules = [_WatchedModule(module) for module in model.modules()]
         self.places = [place for watched in self.modules for place in watched.places]
+        tensors = (tensor for module in model.modules() for tensor in _tensors_of(module))
+        self.tensors = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
+
+    def readable(self) -> bool:
+        """Whether all tensors are where they were, so that a graph may be replayed, even if its result is of no use."""
+        for reference, pointer in self.tensors:
+            tensor = reference()
+            if tensor is None or tensor.data_ptr() != pointer:
+                return False
+        return True
 
     def unchanged(self) -> bool:
         """Whether nothing was touched."""
@@ -87,7 +97,10 @@ class Watch:
                     or watched.read(fields) != watched.values
                     or fields["_forward_hooks"]
                     or fields["_forward_pre_hooks"]
-                    or tuple(map(id, fields["_modules"].values())) != watched.children
+                    or (
+                        (fields["_modules"] or watched.children)
+                        and tuple(map(id, fields["_modules"].values())) != watched.children
+                    )
                 ):
                     return False
                 for name, kept in watched.containers:
@@ -125,8 +138,11 @@ class _WatchedModule:
             for name, value in fields.items()
             if name not in MODULE_FIELDS and isinstance(value, CONTAINERS)
         ]
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        self.places = [place_of(tensor) for tensor in tensors if tensor is not None]
+        self.places = [place_of(tensor) for tensor in _tensors_of(module)]
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
 
 
 def _is_fixed(value: Any) -> bool:

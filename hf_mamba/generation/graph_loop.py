@@ -88,10 +88,12 @@ class GraphLoop:
         seen = cache.get_seq_length() + columns
         shape = rows.shape(fresh=cache.batch_size == -1)
         with torch.inference_mode(False), torch.no_grad(), graphs.CAPTURING:
-            store = graphs.graphs_of(self.model)
-            if store is None or PROMPTS in store.refused:
-                return None, None
-            ready = self._by_graph(store, rows, shape, cache, seen)
+            ready = self._at_once(rows, shape, cache, seen)
+            if ready is None:
+                store = graphs.graphs_of(self.model)
+                if store is None or PROMPTS in store.refused:
+                    return None, None
+                ready = self._by_graph(store, rows, shape, cache, seen)
         if ready is not None:
             return ready, None
         with torch.no_grad():
@@ -102,6 +104,28 @@ class GraphLoop:
             outputs = read_padded(self.model, cache, shape, ids, lengths)
         cache._seen = seen
         return None, outputs
+
+    def _at_once(self, rows: RowPrompt, shape: PromptShape, cache: RecurrentCache, seen: int) -> "Ready | None":
+        """Replay a graph that there is, and look for changes of the model while the GPU works; None if there was one."""
+        store = graphs.last_graphs_of(self.model)
+        step = None if store is None else store.step_for(cache, rows.input_ids.shape[0])
+        if store is None or step is None or shape not in step.prompts or self._sampler_key() not in step.samplers:
+            return None
+        ready = self._lock(store, step, seen)
+        if ready is None:
+            return None
+        try:
+            if not shape.fresh:
+                step.cache.copy_from(cache)
+            step.prompt(shape).read(rows)
+            assert store.watch is not None
+            if store.watch.unchanged():
+                return ready
+        except BaseException:
+            step.lock.release()
+            raise
+        step.lock.release()
+        return None
 
     def _by_graph(
         self, store: graphs.Graphs, rows: RowPrompt, shape: PromptShape, cache: RecurrentCache, seen: int
@@ -202,11 +226,10 @@ class GraphLoop:
         # a locked step is decoding for another thread
         if not step.lock.acquire(blocking=False):
             return None
-        capacity = max(SMALLEST_CAPACITY, 1 << (self.max_length - 1).bit_length())
-        key = (capacity, *self.sampler_key)
+        key = self._sampler_key()
         try:
             found = _attempt(
-                store, key, lambda: step.sampler(key, lambda: self._make_sampler(step, capacity)), "a decoding step"
+                store, key, lambda: step.sampler(key, lambda: self._make_sampler(step, key[0])), "a decoding step"
             )
         except BaseException:
             step.lock.release()
@@ -216,6 +239,10 @@ class GraphLoop:
             return None
         sampler, sampler_graph = found
         return Ready(step, sampler, sampler_graph, prompt_length)
+
+    def _sampler_key(self) -> tuple:
+        """The capacity of the sampler and what else its graph depends on."""
+        return max(SMALLEST_CAPACITY, 1 << (self.max_length - 1).bit_length()), *self.sampler_key
 
     def _make_sampler(self, step: graphs.DecodeStep, capacity: int) -> TokenSampler:
         pad = self.generation_config._pad_token_tensor

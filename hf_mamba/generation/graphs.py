@@ -22,7 +22,7 @@ from ..cache import RecurrentCache
 from .fingerprint import Watch, fingerprint
 from .prompt_graphs import PromptGraph, PromptShape
 
-__all__ = ["DecodeStep", "Graphs", "capture", "graphs_of"]
+__all__ = ["DecodeStep", "Graphs", "capture", "graphs_of", "last_graphs_of"]
 
 # model steps (one for each batch size) that are kept for a model; samplers (one for each set of options) and prompts (one for
 # each length) for a step
@@ -259,6 +259,12 @@ def device_memory(device: torch.device) -> int:
 
 
 _graphs: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()
+
+
+def last_graphs_of(model: nn.Module) -> Graphs | None:
+    """The graphs that there are of `model`, if replaying them does no harm; whether they are right, `watch` says."""
+    found = _graphs.get(model)
+    return found if found is not None and found.watch is not None and found.watch.readable() else None
 
 
 def graphs_of(model: nn.Module) -> Graphs | None:

@@ -307,7 +307,6 @@ def test_what_graphs_cannot_do_takes_the_stock_loop(device: torch.device) -> Non
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"no_repeat_ngram_size": 2},
         {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 2},
         {"disable_compile": True},
     ):
         generate(model, ids, replayed=False, **base, **options)

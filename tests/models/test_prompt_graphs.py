@@ -241,6 +241,17 @@ def test_what_changes_is_noticed() -> None:
         change(model)
         assert not watch.unchanged()
     model = make_talker("mamba2")
+    watch = Watch(model)
+    assert watch.readable()
+    _change_a_setting(model)
+    assert watch.readable()
+    _replace_weights(model)
+    assert not watch.readable()
+    model = make_talker("mamba2")
+    watch = Watch(model)
+    _replace_data(model)
+    assert not watch.readable()
+    model = make_talker("mamba2")
     model.options = {"scale": [1.0]}
     watch = Watch(model)
     # values are read anew by every replay
