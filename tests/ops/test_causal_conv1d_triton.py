@@ -280,13 +280,13 @@ def test_update_of_rows_on_gpu(tokens: int | None) -> None:
 
 @pytest.mark.gpu
 @DTYPES
-def test_steps_are_the_convolution_bit_for_bit_on_gpu(dtype: torch.dtype) -> None:
+def test_steps_equal_the_convolution_on_gpu(dtype: torch.dtype) -> None:
     x = torch.randn(3, 20, 300, device="cuda").to(dtype)
     weight, bias = torch.randn(300, 4, device="cuda"), torch.randn(300, device="cuda")
     expected = causal_conv1d(x, weight, bias, activation="silu")
     state = torch.zeros(3, 300, 4, device="cuda", dtype=dtype)
     steps = [causal_conv1d_update(x[:, t], state, weight, bias, activation="silu") for t in range(20)]
-    assert torch.equal(torch.stack(steps, dim=1), expected)
+    assert_within_tolerance({"y": relative_error(torch.stack(steps, dim=1), expected.double())}, dtype)
 
 
 @pytest.mark.gpu
