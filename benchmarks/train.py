@@ -526,7 +526,8 @@ class Bench:
             model.skip_logits = "skip_logits" in options
             model.graph_training = "graph" in options
             if "checkpointing" in options or "part_checkpointing" in options:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                # there is no dropout; a look at the generators would be one at the device
+                model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             if "part_checkpointing" in options:
                 for index, layer in enumerate(model.backbone.layers):
                     layer.gradient_checkpointing = index % CHECKPOINTED == 0

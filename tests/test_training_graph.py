@@ -22,7 +22,7 @@ TOLERANCE = {"cpu": 0.0, "cuda": 1e-5}
 class Again:
     """What a graph does, on a CPU: the function once more, into the memory that it wrote to first."""
 
-    def __init__(self, function, device) -> None:
+    def __init__(self, function, device, warm_ups) -> None:
         function()
         self.function, self.owner = function, function.__self__
         self.loss, self.gradients = self.owner.loss, self.owner.gradients
@@ -84,7 +84,8 @@ def test_training_on_a_graph_is_training(kind: str, device: str) -> None:
     assert losses == pytest.approx(wanted, rel=max(1e-7, 10 * TOLERANCE[device]))
     assert_same_weights(model, expected, 100 * TOLERANCE[device])
     (graph,) = graphs_of(model)
-    assert graph.turn == 5
+    # all but the first batch, or one more if the first capture of the process failed
+    assert graph.turn in ((5,) if device == "cpu" else (4, 5))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -94,9 +95,14 @@ def test_accumulation_scaling_and_outputs(device: str) -> None:
         model.set_experts_implementation("batched_mm")
     expected = copy.deepcopy(model)
     model.graph_training = True
-    losses_of(model, steps=2), losses_of(expected, steps=2)
+    losses_of(model, steps=3), losses_of(expected, steps=3)
     for trained in (model, expected):
-        for seed, scale, items in ((7, 1.0, None), (8, 0.25, 11), (9, 3.0, torch.tensor(13, device=device))):
+        for seed, scale, items in (
+            (7, 1.0, None),
+            (8, 0.25, 11),
+            (9, 3.0, torch.tensor(13, device=device)),
+            (10, 1.0, 9),
+        ):
             # twice: graphs with and without a number of items
             ids = random_ids(2, 12, seed=seed).to(device)
             options = {} if items is None else {"num_items_in_batch": items}
@@ -115,7 +121,7 @@ def test_what_changes_is_seen(device: str) -> None:
     expected = copy.deepcopy(adapted)
     model = adapted.get_base_model()
     model.graph_training = True
-    first, wanted = losses_of(adapted, 3), losses_of(expected, 3)
+    first, wanted = losses_of(adapted, 4), losses_of(expected, 4)
     assert first == pytest.approx(wanted, rel=1e-5) and len(graphs_of(model)) == 1
     with adapted.disable_adapter(), expected.disable_adapter():
         ids = random_ids(2, 12).to(device)
@@ -160,8 +166,10 @@ def test_what_a_graph_cannot_do_takes_the_usual_way(device: str) -> None:
         assert model(ids, labels=ids, skip_logits=False).logits is not None
         assert model(ids).logits is not None
     assert not graphs_of(model)
-    for _ in range(3):
-        model(ids, labels=ids, attention_mask=torch.ones_like(ids))
+    for _ in range(4):
+        output = model(ids, labels=ids, attention_mask=torch.ones_like(ids))
+        # from the first batch on, which is no graph's
+        assert output.logits is None
     assert len(graphs_of(model)) == 1
     model.half()
     for _ in range(3):
@@ -174,21 +182,27 @@ def test_gradients_that_are_gone_are_refused(device: str) -> None:
     model = make_model("mamba2").to(device).train()
     model.graph_training = True
     ids = random_ids(2, 12).to(device)
-    losses = [model(ids, labels=ids).loss for _ in range(3)]
-    losses[2].backward()
+    losses = [model(ids, labels=ids).loss for _ in range(4)]
+    losses[3].backward()
     with pytest.raises(RuntimeError, match="before the next forward"):
-        losses[1].backward()
+        losses[2].backward()
 
 
-def test_a_capture_that_fails_is_the_usual_way_with_one_warning(monkeypatch, caplog) -> None:
-    def broken(function, device):
-        raise torch.OutOfMemoryError("no memory")
+@pytest.mark.parametrize(
+    ("error", "tried"), [(torch.OutOfMemoryError, 1), (RuntimeError, 2)], ids=["memory", "capture"]
+)
+def test_a_capture_that_fails_is_the_usual_way(error: type, tried: int, monkeypatch) -> None:
+    def broken(function, device, warm_ups):
+        attempts.append(function)
+        raise error("no memory")
+
+    attempts: list = []
 
     monkeypatch.setattr(training_graph, "capture", broken)
     model = make_model("mamba2").train()
     model.graph_training = True
-    assert losses_of(model, 4) == pytest.approx(losses_of(make_model("mamba2").train(), 4))
-    assert not graphs_of(model)
+    assert losses_of(model, 5) == pytest.approx(losses_of(make_model("mamba2").train(), 5))
+    assert not graphs_of(model) and len(attempts) == tried
 
 
 @pytest.mark.parametrize("device", DEVICES)

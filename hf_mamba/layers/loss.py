@@ -28,7 +28,7 @@ from .linear import is_plain_linear
 
 __all__ = ["chunked_cross_entropy"]
 
-# logits that exist at a time: 128 MiB in fp32
+# logits that exist at a time: 128 MiB in fp32, and 256 MiB where they are 16 bits wide
 MAX_LOGITS = 2**25
 
 
@@ -73,6 +73,9 @@ def chunked_cross_entropy(
     if chunk_size is None:
         # a quantised weight may not show the vocabulary
         chunk_size = max(1, MAX_LOGITS // (vocab_size or cast(Any, head).out_features))
+        if hidden_states.is_cuda and is_plain_linear(head) and hidden_states.dtype in (torch.bfloat16, torch.float16):
+            # there, logits exist in 16 bits alone; longer parts make better products
+            chunk_size *= 4
     if is_plain_linear(head):
         return (
             LinearCrossEntropy.apply(hidden_states, head.weight, head.bias, targets, ignore_index, chunk_size) / items

@@ -105,7 +105,8 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         loss_kwargs = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if key in kwargs}
-        if self.graph_training if graph_training is None else graph_training:
+        graph_training = self.graph_training if graph_training is None else graph_training
+        if graph_training:
             rest = (
                 inputs_embeds,
                 cache,
@@ -142,7 +143,8 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
         shift_labels = loss_kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
         if skip_logits is None:
-            skip_logits = self.skip_logits and self.training and has_labels
+            # the same from every batch, whether a graph has it or not
+            skip_logits = (self.skip_logits or graph_training) and self.training and has_labels
         if skip_logits and not has_labels:
             raise ValueError("`skip_logits` leaves the loss alone to return, which needs `labels`.")
         hidden_states = _keep_positions(outputs.last_hidden_state, logits_to_keep)

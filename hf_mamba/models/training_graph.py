@@ -28,6 +28,9 @@ logger = logging.get_logger(__name__)
 MAX_GRAPHS = 2
 # shapes that are remembered as having been seen once
 MAX_SEEN = 64
+# captures that are tried: the first of a process can fail on what libraries do at their first use
+MAX_ATTEMPTS = 2
+WARM_UPS = 3
 
 _graphs: "weakref.WeakKeyDictionary[nn.Module, _ModelGraphs]" = weakref.WeakKeyDictionary()
 
@@ -77,7 +80,7 @@ class _ModelGraphs:
         self.watches = [Watch(child) for child in model.children()]
         self.trained = [p.requires_grad for p in model.parameters()]
         self.fits = _fits(model)
-        self.seen: dict[Hashable, None] = {}
+        self.seen: dict[Hashable, int] = {}
         self.graphs: dict[Hashable, _TrainingGraph | None] = {}
 
     def unchanged(self, model: nn.Module) -> bool:
@@ -96,12 +99,14 @@ class _ModelGraphs:
             return None
         if key not in self.seen:
             if len(self.seen) < MAX_SEEN:
-                self.seen[key] = None
+                self.seen[key] = 0
             return None
         try:
             self.graphs[key] = _TrainingGraph(model, key)
         except RuntimeError as error:
-            # also what memory does not suffice for
+            self.seen[key] += 1
+            if self.seen[key] < MAX_ATTEMPTS and not isinstance(error, torch.OutOfMemoryError):
+                return None
             self.graphs[key] = None
             logger.warning_once(
                 f"No CUDA graph of the training step, which runs as without `graph_training`: {str(error)[:200]}"
@@ -145,7 +150,7 @@ class _TrainingGraph:
         self.loss: Any = None
         self.gradients: tuple[Tensor | None, ...] = ()
         self.others: dict[str, Tensor] = {}
-        self.graph = capture(self._run, device)
+        self.graph = capture(self._run, device, WARM_UPS)
 
     def _run(self) -> None:
         model: Any = self.model()
