@@ -77,7 +77,8 @@ def _with_backend(config: MoeMambaConfig, backend: str, device: torch.device | s
     config = copy.deepcopy(config)
     config._experts_implementation = backend
     with torch.device(device):
-        return MoeMambaSparseMoe(config)
+        # no capacity and no jitter either way; in training a few tokens are no decoding step
+        return MoeMambaSparseMoe(config).eval()
 
 
 def tokens_with_clear_choices(layer: MoeMambaSparseMoe, tokens: int, dtype: torch.dtype) -> Tensor:

@@ -141,7 +141,8 @@ def test_decoding_equals_evaluation_on_gpu(kind: str, calls: list[str]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_on_gpu(dtype: torch.dtype, calls: list[str]) -> None:
-    options = {"moe_gated": True, "moe_hidden_act": "silu", "num_experts_per_tok": 2, "hidden_size": 64}
+    options = {"moe_gated": True, "moe_hidden_act": "silu", "num_experts_per_tok": 2}
+    options |= {"hidden_size": 64, "moe_intermediate_size": 96}
     layers = {name: make_layer(name, torch.float32, **options).to("cuda").eval() for name in (FUSED, "eager")}
     x = torch.randn(2, 300, 64, device="cuda").to(dtype)
     results = {}

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .sizes import ceil_div, power_of_2
 from .triton_plan import Plan
 
 __all__ = ["activate", "activation_gradient", "sum_of_groups"]
@@ -98,10 +99,10 @@ def _launch(
     rows, width = h.shape
     inner = width // 2 if gated else width
     result = torch.empty_like(h) if gradient is not None else torch.empty(rows, inner, dtype=h.dtype, device=h.device)
-    columns = min(COLUMNS, triton.next_power_of_2(inner))
+    columns = min(COLUMNS, power_of_2(inner))
     launch(
         _activate_kernel,
-        (triton.cdiv(rows, ROWS), triton.cdiv(inner, columns)),
+        (ceil_div(rows, ROWS), ceil_div(inner, columns)),
         h,
         h if bias is None else bias,
         plan.slot_of_row,
@@ -152,10 +153,10 @@ def sum_of_groups(rows: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """The sums (E, C) of each expert's rows (S, C): the gradient of a bias. The order of addition is fixed."""
     experts, columns = plan.ends.numel(), rows.shape[1]
     sums = torch.empty(experts, columns, dtype=dtype, device=rows.device)
-    block = min(64, triton.next_power_of_2(columns))
+    block = min(64, power_of_2(columns))
     launch(
         _sum_of_groups_kernel,
-        (experts, triton.cdiv(columns, block)),
+        (experts, ceil_div(columns, block)),
         rows,
         plan.ends,
         sums,

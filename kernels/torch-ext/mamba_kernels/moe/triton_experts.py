@@ -31,6 +31,35 @@ def grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return _grouped_mm(a, b, offs=ends)
 
 
+def run_forward(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    keep: bool,
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """The result, and what the gradients need of it: h if it is kept, a, y and the plan."""
+    plan = make_plan(indices, up.shape[0])
+    slots = indices.numel()
+    captured = not keep and multiplies(x, slots, up)
+    large = large_tiles_fit(x, slots, up)
+    h: Tensor | None
+    if up_bias is None and (large or captured):
+        tuning = LARGE if large else None
+        h, a = grouped_rows(x, plan, up, activation, gated, keep=keep, gather=True, tuning=tuning)
+    else:
+        rows = gather(x, plan, up.dtype)
+        h = grouped_rows(rows, plan, up)[1] if captured else grouped(rows, up.mT, plan.ends)
+        a = activate(h, up_bias, plan, activation, gated)
+    y = grouped_rows(a, plan, down)[1] if captured else grouped(a, down.mT, plan.ends)
+    return combine(y, plan, weights, x.dtype, x.shape[0], down_bias), (h, a, y, *plan)
+
+
 class RoutedExperts(torch.autograd.Function):
     """The op and its gradients."""
 
@@ -47,28 +76,16 @@ class RoutedExperts(torch.autograd.Function):
         activation: str,
         gated: bool,
     ) -> Tensor:
-        plan = make_plan(indices, up.shape[0])
-        weights = weights.contiguous()
-        keep, slots = any(ctx.needs_input_grad), indices.numel()
-        captured = not keep and multiplies(x, slots, up)
-        large = large_tiles_fit(x, slots, up)
-        h: Tensor | None
-        if up_bias is None and (large or captured):
-            tuning = LARGE if large else None
-            h, a = grouped_rows(x, plan, up, activation, gated, keep=keep, gather=True, tuning=tuning)
-        else:
-            rows = gather(x, plan, up.dtype)
-            h = grouped_rows(rows, plan, up)[1] if captured else grouped(rows, up.mT, plan.ends)
-            a = activate(h, up_bias, plan, activation, gated)
-        y = grouped_rows(a, plan, down)[1] if captured else grouped(a, down.mT, plan.ends)
-        ctx.save_for_backward(x, h, a, y, weights, up, down, up_bias, down_bias, *plan)
+        operands = (up, down, up_bias, down_bias)
+        out, kept = run_forward(x, indices, weights, *operands, activation, gated, keep=any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, weights, *operands, *kept)
         ctx.activation, ctx.gated = activation, gated
-        return combine(y, plan, weights, x.dtype, x.shape[0], down_bias)
+        return out
 
     @staticmethod
     @first_order_only("routed_experts")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a, y, weights, up, down, up_bias, down_bias, *parts = ctx.saved_tensors
+        x, weights, up, down, up_bias, down_bias, h, a, y, *parts = ctx.saved_tensors
         plan = Plan(*parts)
         needs_x, _, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias, *_ = ctx.needs_input_grad
         dy, dweights = spread(gradient, y, plan, weights, down_bias)
@@ -102,4 +119,7 @@ def routed_experts_triton(
     gated: bool,
 ) -> Tensor:
     """`routed_experts`; arguments as there, assumed to be checked."""
+    weights = weights.contiguous()
+    if not torch.is_grad_enabled():
+        return run_forward(x, indices, weights, up, down, up_bias, down_bias, activation, gated, keep=False)[0]
     return RoutedExperts.apply(x, indices, weights, up, down, up_bias, down_bias, activation, gated)

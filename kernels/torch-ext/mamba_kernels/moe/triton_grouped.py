@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .sizes import ceil_div, power_of_2
 from .triton_activation import act
 from .triton_plan import Plan
 
@@ -164,10 +165,10 @@ def grouped_rows(
     rows, columns, depth, warps, stages = SMALL[matrix.element_size()] if tuning is None else tuning
     h = torch.empty(slots, width, dtype=matrix.dtype, device=x.device) if keep else None
     a = torch.empty(slots, inner, dtype=matrix.dtype, device=x.device)
-    tiles = triton.cdiv(slots, rows) + experts
+    tiles = ceil_div(slots, rows) + experts
     launch(
         _grouped_kernel,
-        (tiles * triton.cdiv(inner, columns),),
+        (tiles * ceil_div(inner, columns),),
         x,
         plan.slot_of_row,
         plan.ends,
@@ -179,7 +180,7 @@ def grouped_rows(
         E=experts,
         D=channels,
         F=inner,
-        BE=triton.next_power_of_2(experts),
+        BE=power_of_2(experts),
         BM=rows,
         BN=columns,
         BK=depth,

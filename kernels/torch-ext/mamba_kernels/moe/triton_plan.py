@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .sizes import ceil_div, power_of_2
 
 __all__ = ["Plan", "combine", "gather", "make_plan", "spread"]
 
@@ -98,9 +99,9 @@ def make_plan(indices: Tensor, num_experts: int) -> Plan:
     """The plan for the experts `indices` (N, k) of each token."""
     flat = indices.reshape(-1)
     slots = flat.numel()
-    width = triton.next_power_of_2(num_experts + 1)
+    width = power_of_2(num_experts + 1)
     per_program = max(16, min(512, TILE // width))
-    blocks = triton.cdiv(slots, per_program)
+    blocks = ceil_div(slots, per_program)
     counts = torch.empty(blocks, width, dtype=torch.int32, device=flat.device)
     places = torch.empty(2, slots, dtype=torch.int32, device=flat.device)
     ends = torch.empty(num_experts, dtype=torch.int32, device=flat.device)
@@ -146,7 +147,7 @@ def gather(x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     rows = torch.empty(slots, channels, dtype=dtype, device=x.device)
     launch(
         _gather_kernel,
-        (triton.cdiv(slots, MOVED),),
+        (ceil_div(slots, MOVED),),
         x,
         plan.slot_of_row,
         rows,
@@ -155,7 +156,7 @@ def gather(x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
         K=slots // x.shape[0],
         D=channels,
         BR=MOVED,
-        BD=min(CHANNELS, triton.next_power_of_2(channels)),
+        BD=min(CHANNELS, power_of_2(channels)),
     )
     return rows
 
@@ -215,7 +216,7 @@ def combine(
     out = torch.empty(tokens, channels, dtype=dtype, device=rows.device)
     launch(
         _combine_kernel,
-        (triton.cdiv(tokens, MOVED),),
+        (ceil_div(tokens, MOVED),),
         rows,
         plan.row_of_slot,
         plan.indices,
@@ -227,7 +228,7 @@ def combine(
         D=channels,
         E=plan.ends.numel(),
         BR=MOVED,
-        BD=min(CHANNELS, triton.next_power_of_2(channels)),
+        BD=min(CHANNELS, power_of_2(channels)),
         HAS_WEIGHTS=weights is not None,
         HAS_BIAS=bias is not None,
     )
@@ -286,7 +287,7 @@ def spread(
     weight_gradient = torch.empty(weights.shape, dtype=torch.float32, device=rows.device)
     launch(
         _spread_kernel,
-        (triton.cdiv(slots, MOVED),),
+        (ceil_div(slots, MOVED),),
         gradient,
         rows,
         plan.slot_of_row,
@@ -301,7 +302,7 @@ def spread(
         D=channels,
         E=plan.ends.numel(),
         BR=MOVED,
-        BD=min(CHANNELS, triton.next_power_of_2(channels)),
+        BD=min(CHANNELS, power_of_2(channels)),
         HAS_BIAS=bias is not None,
     )
     return result, weight_gradient

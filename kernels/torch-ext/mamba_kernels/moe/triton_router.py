@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..autograd import first_order_only
 from ..launch import launch
+from .sizes import ceil_div, power_of_2
 
 __all__ = ["choose_experts", "route_triton"]
 
@@ -148,6 +149,46 @@ def _route_gradient_kernel(
     tl.store(result + at, gradient, mask=mask)
 
 
+def run_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, sigmoid: bool, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, weights and indices."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (tokens, channels), experts = x.shape, weight.shape[0]
+    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
+    width = max(16, power_of_2(experts))
+    split = x.dtype == torch.bfloat16
+    per_program = TOKENS if split else 16
+    launch(
+        _route_kernel,
+        (ceil_div(tokens, per_program),),
+        x,
+        weight.float().contiguous(),
+        x if bias is None else bias.float(),
+        logits,
+        weights,
+        indices,
+        tokens,
+        x.stride(0),
+        scale,
+        1.0,
+        K=top_k,
+        E=experts,
+        D=channels,
+        BE=width,
+        BT=per_program,
+        BC=CHANNELS if split else 32,
+        SIGMOID=sigmoid,
+        NORMALIZE=normalize,
+        HAS_BIAS=bias is not None,
+        SPLIT=split,
+        num_warps=4,
+    )
+    return logits, weights, indices
+
+
 class Route(torch.autograd.Function):
     """The op and its gradients."""
 
@@ -162,39 +203,7 @@ class Route(torch.autograd.Function):
         normalize: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = x if x.stride(1) == 1 else x.contiguous()
-        (tokens, channels), experts = x.shape, weight.shape[0]
-        logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
-        weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
-        indices = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
-        width = max(16, triton.next_power_of_2(experts))
-        split = x.dtype == torch.bfloat16
-        per_program = TOKENS if split else 16
-        launch(
-            _route_kernel,
-            (triton.cdiv(tokens, per_program),),
-            x,
-            weight.float().contiguous(),
-            x if bias is None else bias.float(),
-            logits,
-            weights,
-            indices,
-            tokens,
-            x.stride(0),
-            scale,
-            1.0,
-            K=top_k,
-            E=experts,
-            D=channels,
-            BE=width,
-            BT=per_program,
-            BC=CHANNELS if split else 32,
-            SIGMOID=sigmoid,
-            NORMALIZE=normalize,
-            HAS_BIAS=bias is not None,
-            SPLIT=split,
-            num_warps=4,
-        )
+        logits, weights, indices = run_forward(x, weight, bias, top_k, sigmoid, normalize, scale)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, logits, indices)
@@ -217,7 +226,7 @@ class Route(torch.autograd.Function):
             gradient = torch.empty_like(logits)
             launch(
                 _route_gradient_kernel,
-                (triton.cdiv(tokens, 16),),
+                (ceil_div(tokens, 16),),
                 logits,
                 indices,
                 weight_gradient.contiguous(),
@@ -227,7 +236,7 @@ class Route(torch.autograd.Function):
                 scale,
                 K=indices.shape[1],
                 E=experts,
-                BE=triton.next_power_of_2(experts),
+                BE=power_of_2(experts),
                 BT=16,
                 SIGMOID=sigmoid,
                 NORMALIZE=normalize,
@@ -249,4 +258,5 @@ def route_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, scoring: str, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`route`; arguments as there, assumed to be checked."""
-    return Route.apply(x, weight, bias, top_k, scoring == "sigmoid", normalize, float(scale))
+    run = Route.apply if torch.is_grad_enabled() else run_forward
+    return run(x, weight, bias, top_k, scoring == "sigmoid", normalize, float(scale))

@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .sizes import ceil_div, power_of_2
 from .triton_activation import act
 from .triton_router import choose_experts
 
 __all__ = ["experts_step_triton"]
 
-# rows and columns of a matrix that a program reads at a time, and its warps: of the two launches
-UP, DOWN = (2, 1024, 2), (1, 1024, 4)
+# rows and columns of a matrix that a program reads at a time, and its warps: of the two launches, the fastest of 12 on an H100
+UP, DOWN = (4, 1024, 4), (2, 1024, 4)
 # values of weights that a thread holds while it waits
 MOST_AHEAD = 64
 
@@ -271,7 +272,7 @@ def experts_step_triton(
     rows, columns, warps = UP
     launch(
         _up_kernel,
-        (triton.cdiv(inner, rows), top_k, batch),
+        (ceil_div(inner, rows), top_k, batch),
         x,
         x if norm_weight is None else norm_weight,
         x if router_logits is None else router_logits,
@@ -287,9 +288,9 @@ def experts_step_triton(
         E=experts,
         D=channels,
         F=inner,
-        BE=triton.next_power_of_2(experts),
+        BE=power_of_2(experts),
         BO=rows,
-        BK=min(columns, triton.next_power_of_2(channels)),
+        BK=min(columns, power_of_2(channels)),
         ACT=activation,
         GATED=gated,
         HAS_NORM=norm_weight is not None,
@@ -298,10 +299,10 @@ def experts_step_triton(
         **options,
     )
     rows, columns, warps = DOWN
-    columns = min(columns, triton.next_power_of_2(inner))
+    columns = min(columns, power_of_2(inner))
     launch(
         _down_kernel,
-        (triton.cdiv(channels, rows), batch),
+        (ceil_div(channels, rows), batch),
         a,
         x if router_logits is None else router_logits,
         indices,
@@ -316,12 +317,12 @@ def experts_step_triton(
         E=experts,
         D=channels,
         F=inner,
-        BE=triton.next_power_of_2(experts),
+        BE=power_of_2(experts),
         BO=rows,
         BK=columns,
         HAS_BIAS=down_bias is not None,
         HAS_RESIDUAL=residual is not None,
-        AHEAD=top_k * rows * triton.cdiv(inner, columns) * columns <= 32 * warps * MOST_AHEAD,
+        AHEAD=top_k * rows * ceil_div(inner, columns) * columns <= 32 * warps * MOST_AHEAD,
         num_warps=warps,
         **options,
     )
