@@ -201,6 +201,20 @@ def test_lengths_on_gpu(length: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("length", [1, 3, 65, 257])
+def test_sums_that_cancel_on_gpu(length: int, dtype: torch.dtype) -> None:
+    # gradients of a few numbers, sums over everything, may happen to be small; what 16 bits leave out shows there
+    for seed in range(20):
+        torch.manual_seed(seed)
+        operands = make_operands(2, length, 4, 64, 1, 128, dtype=dtype, device="cuda", bare=seed % 2 == 1)
+        errors = errors_of(operands, oracle="eager")
+        assert errors["gradient of A"] <= TOLERANCES[dtype] / 10
+        assert errors.get("gradient of dt_bias", 0.0) <= TOLERANCES[dtype] / 10
+        assert_within_tolerance(errors, dtype)
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @DTYPES
 @pytest.mark.parametrize(

@@ -36,11 +36,13 @@ from .triton_projections import ProjectionGradients
 
 __all__ = ["InputGradients", "launch_inputs"]
 
-INPUTS, INPUTS_FP32 = Tuning(warps=4, stages=1), Tuning(warps=8, stages=1)
+INPUTS, INPUTS_FP32 = Tuning(warps=4, stages=2), Tuning(warps=8, stages=1)
+# two stages of a gate, or of fp32 states, would leave room for one program a multiprocessor
+INPUTS_LARGE = Tuning(warps=4, stages=1)
 # most states that products take at once in 16 bits; how many at a time where there are more, and always in fp32
 WHOLE, PART, PART_FP32 = 128, 64, 32
 # most heads that share the products of B and C, and how many programs there should be first
-HEADS_OF_PROGRAM = 4
+HEADS_OF_PROGRAM = 8
 TARGET_PROGRAMS = 264
 
 
@@ -337,7 +339,9 @@ def launch_inputs(
     fill = x.new_empty if table is None else x.new_zeros
     sums = fill((blocks, width), dtype=torch.float32)
     placeholder = operands.A
-    tuning = INPUTS_FP32 if plan.dtype == torch.float32 else INPUTS
+    tuning = INPUTS_LARGE if plan.rest == 2 or z is not None else INPUTS
+    if plan.dtype == torch.float32:
+        tuning = INPUTS_FP32
     launch(
         _ssd_bwd_kernel,
         (blocks * plan.groups * parts,),

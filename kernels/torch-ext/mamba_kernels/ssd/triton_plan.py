@@ -1,5 +1,6 @@
 """How a Triton SSD scan is cut: blocks, segments, programs; and the sizes and options that all its kernels take."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,17 @@ from torch import Tensor
 from ..packing import remembered
 from ..selective_scan.triton_chain import chunk_table
 
-__all__ = ["Operands", "Plan", "Tuning", "ceil_div", "plan_of", "power_of_two", "segment_table", "strides_of"]
+__all__ = [
+    "Operands",
+    "Plan",
+    "Tuning",
+    "ceil_div",
+    "has_room",
+    "plan_of",
+    "power_of_two",
+    "segment_table",
+    "strides_of",
+]
 
 # enough programs to give each multiprocessor of a large GPU two of them
 TARGET_PROGRAMS = 264
@@ -104,6 +115,20 @@ class Plan(NamedTuple):
             "EXACT": self.dtype == torch.float32,
             "REST": self.rest,
         }
+
+
+# a constant to torch.compile, which cannot look into it
+@torch.compiler.assume_constant_result
+def has_room(device_type: str, index: int | None) -> bool:
+    """Whether a program may take 160 KB of shared memory, as on an A100 or H100; most GPUs give it 99 KB."""
+    return _has_room(device_type, index)
+
+
+@cache
+def _has_room(device_type: str, index: int | None) -> bool:
+    if device_type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0) > 160_000
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -28,11 +28,13 @@ from .triton_common import (
     ssd_kernel,
     steps_of_block,
 )
-from .triton_plan import Operands, Plan, Tuning, ceil_div, strides_of
+from .triton_plan import Operands, Plan, Tuning, ceil_div, has_room, strides_of
 
 __all__ = ["ProjectionGradients", "launch_projections"]
 
-PROJECTIONS, PROJECTIONS_FP32 = Tuning(warps=8, stages=2), Tuning(warps=8, stages=1)
+PROJECTIONS, PROJECTIONS_FP32 = Tuning(warps=8, stages=3), Tuning(warps=8, stages=1)
+# with fp32 states three stages do not fit, and on GPUs of less shared memory two do not
+PROJECTIONS_LARGE, PROJECTIONS_SMALL = Tuning(warps=8, stages=2), Tuning(warps=8, stages=1)
 # programs that fill a large GPU; heads of a group are spread over several programs to get there
 TARGET_PROGRAMS = 264
 # most states of a program
@@ -239,7 +241,12 @@ def launch_projections(
     )
     by_carry = torch.empty((splits, blocks, plan.heads), dtype=torch.float32, device=x.device)
     placeholder = operands.A
-    tuning = PROJECTIONS_FP32 if exact else PROJECTIONS
+    if exact:
+        tuning = PROJECTIONS_FP32
+    elif has_room(x.device.type, x.device.index):
+        tuning = PROJECTIONS_LARGE if plan.rest == 2 else PROJECTIONS
+    else:
+        tuning = PROJECTIONS_SMALL if plan.rest == 2 else PROJECTIONS_LARGE
     launch(
         _ssd_bwd_projections_kernel,
         (blocks * plan.groups * parts * splits,),
