@@ -51,15 +51,15 @@ from .triton_sweep import launch_tile_states
 
 __all__ = ["scan_backward"]
 
-BACKWARD = Tuning(channels=32, tile=8)
+BACKWARD = Tuning(channels=32, tile=8, registers=168)
 # the walk before it, and states of a program there; its tile divides that of the backward
 SWEEP = Tuning(channels=64, tile=8)
 SWEEP_STATES = 16
 # the same when it makes the gradients of the chunks, too
-GRADIENT_SWEEP = Tuning(channels=64, tile=8)
+GRADIENT_SWEEP = Tuning(channels=32, tile=8)
 GRADIENT_STATES = 8
 # states that the backward works on at a time
-PARTS = 4
+PARTS = 2
 # the states before each tile are written for as many chunks at a time as fit in this many bytes
 WORKSPACE_BYTES = 1 << 29
 

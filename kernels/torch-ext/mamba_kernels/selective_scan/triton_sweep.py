@@ -123,14 +123,15 @@ def _tile_states_kernel(
     A_n = ()
     h = ()
     sent = ()
-    product = ()
     for j in tl.static_range(NS):
         A_n = A_n + (
             tl.load(A_t + wide(n + j) * stride_A_n + d * stride_A_d, mask=mask, other=0.0).to(tl.float32) * LOG2_E,
         )
         h = h + (tl.load(starts + (n + j) * channels + d, mask=mask, other=0.0),)
         sent = sent + (tl.zeros((BD,), tl.float32),)
-        product = product + (tl.full((BD,), 1.0, tl.float32),)
+    # the steps so far, and whether no sequence started yet
+    taken = tl.zeros((BD,), tl.float32)
+    joined = start >= 0
     for i in range(0, tl.cdiv(end - start, K)):
         if i % EVERY == 0:
             for j in tl.static_range(NS):
@@ -156,7 +157,6 @@ def _tile_states_kernel(
             C_n = load_projection(C, begin, k, stride_C_t, stride_C_n, n, real, NS, PACKED)
         ends = ()
         sums = ()
-        products = ()
         for j in tl.static_range(NS):
             decay = decay_of(delta, A_n[j], reset, FLAGS)
             b = u * B_n[j]
@@ -164,17 +164,23 @@ def _tile_states_kernel(
             through, states = tl.associative_scan((decay, b), 0, combine)
             ends = ends + (row_of(states, k, K - 1),)
             if GRADIENTS:
-                sums = sums + (sent[j] + product[j] * tl.sum(through * (g * C_n[j]), 0),)
-                products = products + (product[j] * row_of(through, k, K - 1),)
+                # an exponential of its own, as rounding would add up in a product of many decays
+                weight = tl.exp2(taken * A_n[j])
+                if FLAGS:
+                    weight = tl.where(joined, weight, 0.0)
+                sums = sums + (sent[j] + weight * tl.sum(through * (g * C_n[j]), 0),)
         h = ends
         if GRADIENTS:
             sent = sums
-            product = products
+            taken += tl.sum(delta, 0)
+            if FLAGS:
+                joined = joined & (tl.sum(reset.to(tl.int32)) == 0)
     if GRADIENTS:
+        kept = tl.where(joined, 1.0, 0.0)
         for j in tl.static_range(NS):
             offsets = (slot * N + n + j) * channels + d
             tl.store(local + offsets, sent[j], mask=mask)
-            tl.store(passed + offsets, product[j], mask=mask)
+            tl.store(passed + offsets, tl.exp2(taken * A_n[j]) * kept, mask=mask)
 
 
 def launch_tile_states(
