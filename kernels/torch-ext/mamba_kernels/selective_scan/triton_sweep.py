@@ -202,6 +202,7 @@ def launch_tile_states(
     With `grad_y` (B, L, D) also `local` and `passed` (slots, N, D), for `pass_states`. A program has `parts` states.
     """
     blocks = plan.groups * ceil_div(plan.channels // plan.groups, tuning.channels)
+    tile = min(tuning.tile, every)
     slots = min(tile_states.shape[0], plan.n_slots - first_slot)
     placeholder = inputs.A_t
     launch(
@@ -236,11 +237,11 @@ def launch_tile_states(
         N=plan.size,
         GROUPS=plan.groups,
         BD=tuning.channels,
-        K=tuning.tile,
+        K=tile,
         WHOLE=plan.whole,
         EVEN=plan.channels // plan.groups % tuning.channels == 0,
         NS=parts,
-        EVERY=every // tuning.tile,
+        EVERY=every // tile,
         HAS_Z=inputs.z is not None,
         HAS_BIAS=inputs.dt_bias is not None,
         SOFTPLUS=inputs.dt_softplus,
