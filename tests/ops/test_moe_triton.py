@@ -149,7 +149,13 @@ def test_steps_and_layers_are_captured_on_gpu(dtype: torch.dtype) -> None:
         logits = mamba_kernels.fused_linear(tokens[:2], weights)
         return experts_step(tokens[:2], **operands, gated=True, router_logits=logits)[0]
 
-    for run in (layer, step):
+    def told(tokens: Tensor) -> Tensor:
+        # behind a node of a graph that is no kernel
+        weights = torch.ones(2, 1, device="cuda")
+        indices = torch.zeros(2, 1, dtype=torch.int64, device="cuda")
+        return experts_step(tokens[:2], **operands, gated=True, indices=indices, weights=weights)[0]
+
+    for run in (layer, step, told):
         static = x.clone()
         run(static)
         graph = torch.cuda.CUDAGraph()

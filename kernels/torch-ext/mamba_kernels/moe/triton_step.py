@@ -6,9 +6,10 @@
 Both launches find the experts themselves, from the router's logits, or are told. A program reads BO rows of a matrix, BK columns
 at a time, as `fused_linear` does; sums are in fp32 and in a fixed order.
 
-Each waits for the one before it, and would start when that one has ended. Hopper can start a launch earlier (programmatic
-dependent launch): the first is started while the router is still at work; the second while the first is, and fetches its weights
-meanwhile, of which nothing depends on the first but the product.
+The second waits for the first, and would start when that one has ended. Hopper can start it earlier (programmatic dependent
+launch), so that it fetches its weights while the first is at work, of which nothing depends on the first but the product. The
+first starts in the ordinary way: a CUDA graph lets a launch start early behind a kernel only, and what is in front of the first is
+not known here.
 
 Symbols: B tokens, k experts per token, d model width, E experts, F expert width.
 """
@@ -99,7 +100,6 @@ def _up_kernel(
     WIDTH: tl.constexpr = 2 * F if GATED else F
     pid, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if HAS_LOGITS:
         expert, weight = _pick(logits, b, j, scale, K, E, BE, SIGMOID, NORMALIZE)
@@ -261,14 +261,13 @@ def experts_step_triton(
     a = torch.empty(batch, top_k, inner, dtype=up.dtype, device=x.device)
     dtype = down.dtype if residual is None else torch.promote_types(residual.dtype, down.dtype)
     y = torch.empty(batch, channels, dtype=dtype, device=x.device)
+    early = starts_early(x.device.type, x.device.index)
     options: dict[str, Any] = {
         "HAS_LOGITS": has_logits,
         "SIGMOID": scoring == "sigmoid",
         "NORMALIZE": normalize,
-        "PDL": False,
+        "PDL": early,
     }
-    if starts_early(x.device.type, x.device.index):
-        options |= {"PDL": True, "launch_pdl": True}
     rows, columns, warps = UP
     launch(
         _up_kernel,
@@ -325,5 +324,6 @@ def experts_step_triton(
         AHEAD=top_k * rows * ceil_div(inner, columns) * columns <= 32 * warps * MOST_AHEAD,
         num_warps=warps,
         **options,
+        **({"launch_pdl": True} if early else {}),
     )
     return y, indices, weights
