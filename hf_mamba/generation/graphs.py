@@ -132,6 +132,8 @@ def _forget_broken_capture(device: torch.device) -> None:
     # graphs that draw from the one before would no longer follow the seed
     for found in list(_graphs.values()):
         found.steps.clear()
+    # its memory pool still waits for the end as well
+    _pools.pop(device, None)
 
 
 class DecodeStep:

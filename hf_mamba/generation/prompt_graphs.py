@@ -31,6 +31,8 @@ __all__ = ["MAX_TOKENS", "PromptGraph", "PromptShape", "RowPrompt", "bucket", "r
 # tokens of a batch, padding included; beyond them a GPU is kept busy by single launches, and what is computed on the way would
 # take more memory (0.4 GB for 2.8 B parameters in half precision, once for all graphs of a device)
 MAX_TOKENS = 2**12
+# bytes of states up to which a graph holds those of all layers until its end
+COPIED_AT_ONCE = 2**26
 # every length is a multiple of this
 STEP = 16
 
@@ -186,8 +188,21 @@ class PromptGraph:
     def _forward(self) -> None:
         model = self.model()
         assert model is not None
-        with _without_states(self.cache) if self.shape.fresh else nullcontext():
-            outputs = read_padded(model, self.cache, self.shape, self.ids, self.lengths)
+        if self.shape.fresh and self.cache.nbytes <= COPIED_AT_ONCE:
+            # two copies at the end in place of two in every layer
+            new = self.cache.empty()
+            outputs = read_padded(model, new, self.shape, self.ids, self.lengths)
+            for index in range(2):
+                sources = [pair[index] for pair in new.states()]
+                # a native class's convolution state has a column more
+                targets = [
+                    pair[index][..., -source.shape[-1] :]
+                    for pair, source in zip(self.cache.states(), sources, strict=True)
+                ]
+                torch._foreach_copy_(targets, sources)
+        else:
+            with _without_states(self.cache) if self.shape.fresh else nullcontext():
+                outputs = read_padded(model, self.cache, self.shape, self.ids, self.lengths)
         self.logits.copy_(outputs.logits[:, -1])
 
 

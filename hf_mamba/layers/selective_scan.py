@@ -83,6 +83,7 @@ class SelectiveScanMixer(nn.Module):
         cache: Cache | None = None,
         seq_idx: Tensor | None = None,
         real: Tensor | None = None,
+        A: Tensor | None = None,
     ) -> Tensor:
         """Mix over time.
 
@@ -92,6 +93,7 @@ class SelectiveScanMixer(nn.Module):
             seq_idx: (B, L), sequence numbers, trailing negatives = padding; None = one sequence a row.
             real: (B, L, 1) in the dtype of `hidden_states`, 0 at padding in front of a row and 1 behind, where
                 `hidden_states` is 0 at padding and there is no state yet; see `pads_in_front`. Without gradients only.
+            A: `-exp(A_log)`, from a caller that has computed it for all layers at once.
         """
         x, z = project(self.in_proj, hidden_states).chunk(2, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
@@ -123,7 +125,7 @@ class SelectiveScanMixer(nn.Module):
         y = selective_scan(
             x,
             dt,
-            self._A(),
+            self._A() if A is None else A,
             B,
             C,
             D=self.D,

@@ -81,6 +81,7 @@ class SSDMixer(nn.Module):
         cache: Cache | None = None,
         seq_idx: Tensor | None = None,
         real: Tensor | None = None,
+        A: Tensor | None = None,
     ) -> Tensor:
         """Mix over time.
 
@@ -90,11 +91,12 @@ class SSDMixer(nn.Module):
             seq_idx: (B, L), sequence numbers, trailing negatives = padding; None = one sequence a row.
             real: (B, L, 1) in the dtype of `hidden_states`, 0 at padding in front of a row and 1 behind, where
                 `hidden_states` is 0 at padding and there is no state yet; see `pads_in_front`. Without gradients only.
+            A: `-exp(A_log)`, from a caller that has computed it for all layers at once.
         """
         widths = [self.intermediate_size, self.conv_dim, self.num_heads]
         z, xBC, dt = project(self.in_proj, hidden_states).split(widths, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(self.A_log.float()) if A is None else A
         if ssm_state is not None and can_step(hidden_states, seq_idx):
             x, B, C = self._split(self.conv1d(xBC[:, 0], conv_state=conv_state))
             y: Any = ssd_state_update(

@@ -6,7 +6,7 @@ Symbols: B batch, L length, d model width, V vocabulary, n packed sequences.
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -432,14 +432,27 @@ class RecurrentModel(RecurrentPreTrainedModel):
             and all(getattr(layer.mixer, "pads_in_front", False) for layer in self.layers)
         )
 
+    def _decays(self) -> Sequence[Tensor] | None:
+        """`-exp(A_log)` of all layers in two launches in place of two for each; None where mixers have to do it."""
+        mixers: list[Any] = [layer.mixer for layer in self.layers]
+        if torch.is_grad_enabled() or any(type(mixer) not in (SelectiveScanMixer, SSDMixer) for mixer in mixers):
+            return None
+        logs = [mixer.A_log for mixer in mixers]
+        if any(log.dtype != torch.float32 or type(log) is not nn.Parameter for log in logs):
+            return None
+        return torch._foreach_neg(torch._foreach_exp(logs))
+
     def _run_stream(self, hidden_states: Tensor, cache: Cache | None, layout: SequenceLayout) -> Tensor:
         """Blocks and final norm, where each norm adds what the mixer before it has made: one launch in place of three."""
         residual: Tensor | None = None
         update, plain = hidden_states, hidden_states.dtype
         real = getattr(layout, "real", None)
-        options = {} if real is None else {"real": real[..., None].to(plain)}
-        for layer in self.layers:
+        options: dict[str, Any] = {} if real is None else {"real": real[..., None].to(plain)}
+        decays = self._decays()
+        for index, layer in enumerate(self.layers):
             block: Any = layer
+            if decays is not None:
+                options["A"] = decays[index]
             dtype = torch.float32 if block.residual_in_fp32 else update.dtype if residual is None else residual.dtype
             normed, residual = add_rms_norm(
                 update, residual, block.norm.weight, eps=block.norm.variance_epsilon, residual_dtype=dtype
