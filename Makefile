@@ -1,6 +1,6 @@
 # hf_mamba: every target sets up what it needs; only Python >= 3.10 and make have to be there.
 #
-#   make demo                        set up .venv, then generate text with the packaged checkpoint
+#   make demo                        set up .venv, then generate text with the packaged checkpoints
 #   make test                        set up .venv, then run the test-suite
 #   make demo TORCH=torch==2.13.0    with another torch requirement
 #
@@ -45,7 +45,7 @@ $(VENV)/.ready: pyproject.toml scripts/setup_venv.sh $(VENV)/.settings
 
 setup: $(VENV)/.ready ## create .venv with torch, hf_mamba and the development tools
 
-demo: setup ## text from the packaged checkpoint through pipeline(), on the CPU
+demo: setup ## text of the packaged Mamba, Mamba-2 and MoE-Mamba side by side, on the CPU
 	@$(BIN)/python examples/demo.py "$(PROMPT)" $(ARGS)
 
 test: setup ## run the test-suite (ARGS="tests/test_cli.py -k env" chooses)

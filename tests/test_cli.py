@@ -184,6 +184,7 @@ def test_generate_obeys_a_checkpoint_that_samples_by_default(checkpoint: str, tm
         (["./no-such-folder", PROMPT], ["./no-such-folder", "no folder"]),
         (["a/b/c", PROMPT], ["a/b/c", "no folder"]),
         (["not a name", PROMPT], ["not a name", "no folder"]),
+        (["demo:rwkv", PROMPT], ["no demo checkpoint 'rwkv'", "mamba, mamba2, moe_mamba"]),
         (["demo", ""], ["prompt is empty"]),
         (["demo", "  \n "], ["prompt is empty"]),
         (["demo", PROMPT, "--dtype", "float8"], ["--dtype", "bfloat16", "float8"]),

@@ -393,12 +393,38 @@ def test_build_config_refuses(finished, options, message):
         train_language_model.build_config(train_language_model.Arguments(**options), tokenizer)
 
 
-def test_demo_generates_through_a_pipeline_of_ours(monkeypatch, capsys):
+def test_demo_shows_the_checkpoints_side_by_side(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", ["demo.py", "My dear", "--max-new-tokens", "12"])
     demo.main()
     printed = capsys.readouterr().out
-    assert "hf_mamba.models.mamba2" in printed and "12 new tokens" in printed
-    assert re.search(r"^My dear\W", printed, re.MULTILINE)
+    for words in ("My dear", "12 new tokens", "perplexity", "bits/byte", "whatever the length"):
+        assert printed.count(words) == 3, (words, printed)
+    assert re.search(r"mamba .*mamba2 .*moe_mamba", printed) and "per token" in printed
+
+
+def test_demo_shows_another_model(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    place = hf_mamba.demo_checkpoint("moe_mamba")
+    monkeypatch.setattr(sys, "argv", ["demo.py", "My dear", "--max-new-tokens", "3", "--model", place])
+    demo.main()
+    printed = capsys.readouterr().out
+    assert printed.count("3 new tokens") == 1 and "parameters" in printed
+
+
+def test_what_the_demo_measures_is_as_evaluate_says():
+    """The paragraph is one of the held-out text, and its figures are those of the evaluation that the cards use."""
+    assert demo.PARAGRAPH in (ROOT / "tests/fixtures/held_out_excerpt.txt").read_text(encoding="utf-8").split("\n")
+    place = hf_mamba.demo_checkpoint("mamba2")
+    shown = demo.show(place, "it", "My dear", max_new_tokens=2, seed=0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(demo.PARAGRAPH)["input_ids"]]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1].double()
+    losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    assert shown.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+    assert shown.bits_per_byte == pytest.approx(losses.sum().item() / math.log(2) / len(demo.PARAGRAPH), rel=1e-4)
+    assert shown.state_bytes == state_bytes(model) and shown.new_tokens == 2
 
 
 # options from a file, dropout, and the run that makes the demo checkpoints
@@ -464,5 +490,5 @@ def test_steps_of_the_demo_run_follow_from_the_slowest_model():
         ]
     }
     assert train_demo.seconds_per_step(report) == pytest.approx(0.05)
-    assert train_demo.steps_that_fit(112.01, 0.05, most=8000) == 2000
-    assert train_demo.steps_that_fit(112.01, 0.05, most=300) == 300
+    assert train_demo.steps_that_fit(107.01, 0.05, most=8000) == 2000
+    assert train_demo.steps_that_fit(107.01, 0.05, most=300) == 300

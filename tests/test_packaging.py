@@ -181,8 +181,11 @@ def test_wheel_holds_the_three_packages_and_nothing_else() -> None:
 
 
 @pytest.mark.wheel
-def test_wheel_holds_the_demo_checkpoint() -> None:
-    folder = Path(hf_mamba.demo_checkpoint())
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "moe_mamba"])
+def test_wheel_holds_the_demo_checkpoints(name: str) -> None:
+    folder = Path(hf_mamba.demo_checkpoint(name))
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {file.name for file in files}
     assert sum(file.stat().st_size for file in files) <= 8_000_000
+    # and nothing else lies beside them
+    assert {path.name for path in folder.parent.iterdir()} == {"mamba", "mamba2", "moe_mamba"}

@@ -25,6 +25,8 @@ FIVE = ("transformer", "mamba", "mamba-mlp", "transformer-moe")
 ENOUGH_EXPERTS = 8
 # runs as short as this only show that everything works
 SMOKE_STEPS = 200
+# side_by_side.py leaves it beside its results
+SHARED_GPU = "side_by_side.json"
 HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "undecided", "not measured"
 
 
@@ -254,12 +256,14 @@ def write_report(folder: Path) -> list[Claim]:
     passes = max(run["tokens_seen"] / run["training_tokens"] for run in runs)
     longest = max(run["steps"] for run in runs)
     smoke = longest < SMOKE_STEPS
+    shared = (folder / SHARED_GPU).is_file()
     lines = [
         "# MoE-Mamba against Mamba",
         "",
         f"Hardware: {'; '.join(machines)}. Versions: {'; '.join(versions)}. Seeds: {', '.join(map(str, seeds))}.",
         f"{runs[0]['training_tokens']:,} tokens of training text, {runs[0]['tokens_seen']:,} seen, at most {passes:.1f} passes; "
         "all models of a seed meet the same windows in the same order.",
+        *(["All models ran at the same time on one GPU: their seconds are those of a share of it."] if shared else []),
         "",
         *([f"**A smoke test of {longest} steps: the verdicts say nothing about the claims.**", ""] if smoke else []),
         "## Claims",

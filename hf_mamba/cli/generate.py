@@ -27,7 +27,12 @@ __all__ = ["generate"]
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model folder, an id on the Hub, or [bold]demo[/].")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model folder, an id on the Hub, [bold]demo[/], or [bold]demo:moe_mamba[/] and the like."
+        ),
+    ],
     prompt: Annotated[
         str | None, typer.Argument(help="The text to continue; standard input is read when it is left out.")
     ] = None,

@@ -32,7 +32,7 @@ def check_options(model: str, dtype: str) -> None:
     if dtype not in DTYPES:
         fail(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or model.startswith("demo:"):
         return
     if path.is_file():
         fail(f"{model} is a file; give the folder that holds config.json and the weights.")
@@ -43,12 +43,13 @@ def check_options(model: str, dtype: str) -> None:
 
 def resolve(model: str) -> str:
     """The folder or Hub id to load."""
-    if model == "demo":
+    if model == "demo" or model.startswith("demo:"):
         from hf_mamba import demo_checkpoint
 
+        _, named, name = model.partition(":")
         try:
-            return demo_checkpoint()
-        except FileNotFoundError as error:
+            return demo_checkpoint(name) if named else demo_checkpoint()
+        except (FileNotFoundError, ValueError) as error:
             fail(str(error))
     path = Path(model).expanduser()
     if not path.is_dir():

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard
 from peft import LoraConfig, get_peft_model
 
 import hf_mamba
+from hf_mamba.demo_checkpoint import DEMO_CHECKPOINTS
 from hf_mamba.integrations import cards, trainer_card
 from hf_mamba.integrations.card_rules import validate_card
 from hf_mamba.integrations.cards import (
@@ -244,6 +245,7 @@ def test_examples_in_docstrings(module: ModuleType) -> None:
 @pytest.mark.checkout
 def test_the_finished_cards_are_those_of_the_checkpoints_shipped() -> None:
     """And they could be uploaded as they are."""
-    finished = ROOT / "model_cards" / "hf-mamba-demo.md"
-    assert finished.read_bytes() == (Path(hf_mamba.demo_checkpoint()) / "README.md").read_bytes()
-    validate_card(ModelCard.load(finished))
+    for name in DEMO_CHECKPOINTS:
+        finished = ROOT / "model_cards" / f"hf-mamba-demo-{name.replace('_', '-')}.md"
+        assert finished.read_bytes() == (Path(hf_mamba.demo_checkpoint(name)) / "README.md").read_bytes()
+        validate_card(ModelCard.load(finished))

@@ -1,0 +1,1 @@
+from hf_mamba import MoeMambaConfig, MoeMambaForCausalLM, MoeMambaForSequenceClassification, MoeMambaForTokenClassification, MoeMambaModel  # pip install hf-mamba
