@@ -22,7 +22,7 @@ from .triton_common import (
 
 __all__ = ["BACKWARD", "conv_bwd_kernel", "conv_initial_gradient_kernel"]
 
-BACKWARD = Tuning(channels=128, tokens=8, longest=16)
+BACKWARD = Tuning(channels=64, tokens=8, longest=16)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from .triton_common import (
 
 __all__ = ["FORWARD", "conv_final_states_kernel", "conv_fwd_kernel"]
 
-FORWARD = Tuning(channels=128, tokens=8, longest=4)
+FORWARD = Tuning(channels=64, tokens=8, longest=4)
 
 
 @conv_kernel
