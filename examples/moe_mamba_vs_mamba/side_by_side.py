@@ -120,7 +120,9 @@ def main() -> None:
     keep_settings(settings, output)
     run(list(speeds), output, settings, arguments.data_dir, end)
     # the mark of results that shared a GPU
-    (output / "side_by_side.json").write_text(json.dumps({"seconds_per_step": speeds}, indent=1) + "\n", encoding="utf-8")
+    (output / "side_by_side.json").write_text(
+        json.dumps({"seconds_per_step": speeds}, indent=1) + "\n", encoding="utf-8"
+    )
     missing = [name for name in names if not (output / f"{name}-seed0.json").is_file()]
     if missing:
         sys.exit(f"error: {', '.join(missing)} did not finish; their logs are in {output}.")
