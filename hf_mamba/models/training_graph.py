@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.stateless import _reparametrize_module
 from transformers.utils import logging
 
 from ..generation.fingerprint import Watch
@@ -150,7 +151,14 @@ class _TrainingGraph:
         self.loss: Any = None
         self.gradients: tuple[Tensor | None, ...] = ()
         self.others: dict[str, Tensor] = {}
-        self.graph = capture(self._run, device, WARM_UPS)
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        try:
+            self.graph = capture(self._run, device, WARM_UPS)
+        except BaseException:
+            # a capture that breaks off leaves its own stream as the current one
+            if stream is not None:
+                torch.cuda.set_stream(stream)
+            raise
 
     def _run(self) -> None:
         model: Any = self.model()
@@ -162,7 +170,12 @@ class _TrainingGraph:
             # a cast that is kept would be one of weights that have changed since
             cache_enabled=False,
         )
-        with torch.enable_grad(), autocast:
+        # the parameters' own nodes in autograd may be alive, of a loss that somebody keeps, and belong to the usual stream, which
+        # a capture must not touch: differentiated are others in the same memory
+        names: dict[str, Tensor] = {
+            name: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for name, p in model.named_parameters()
+        }
+        with torch.enable_grad(), autocast, _reparametrize_module(model, names, tie_weights=True):
             # whatever wraps the model's forward is around this already
             output = type(model).forward(
                 model,
@@ -173,7 +186,9 @@ class _TrainingGraph:
                 return_dict=True,
                 **options,
             )
-        self.gradients = torch.autograd.grad(output.loss, self.parameters, allow_unused=True)
+        self.gradients = torch.autograd.grad(
+            output.loss, [p for p in names.values() if p.requires_grad], allow_unused=True
+        )
         self.loss = output.loss.detach()
         self.others = {
             name: value.detach() for name, value in output.items() if isinstance(value, Tensor) and name != "loss"
