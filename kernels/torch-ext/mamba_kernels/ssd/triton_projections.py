@@ -169,7 +169,7 @@ def _ssd_bwd_projections_kernel(
         through_carry = 0.0
         for block in range(BLOCKS):
             b_x = load_rows(x + wide_head * stride_x_h, stride_x_t, real, block * PB, P, PB, Q).to(DTYPE)
-            b_dy = load_gradient(
+            wide_dy = load_gradient(
                 dy + wide_head * stride_dy_h,
                 z + wide_head * stride_z_h,
                 stride_dy_t,
@@ -180,32 +180,44 @@ def _ssd_bwd_projections_kernel(
                 PB,
                 Q,
                 HAS_Z,
-            ).to(DTYPE)
+            )
+            b_dy, rest_of_dy = rounded(wide_dy, DTYPE)
             p = block * PB + tl.arange(0, PB)
             offsets = (slot * H + head) * (P * N) + p[:, None] * N + n[None, :]
             mask = (p[:, None] < P) & (n[None, :] < N)
             state = tl.load(entering + offsets, mask=mask, other=0.0)
             dstate = tl.load(leaving + offsets, mask=mask, other=0.0)
             dpairs += product(b_x, tl.trans(b_dy), PRECISION)
+            if REST == 2 and HAS_Z:
+                dpairs += product(b_x, tl.trans(rest_of_dy), PRECISION)
             through_carry += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
             b_state, rest_of_state = rounded(state, DTYPE)
             through_state = product(b_dy, b_state, PRECISION)
-            if REST == 2 and not HAS_Z:
+            if REST == 2:
                 through_state += product(b_dy, rest_of_state, PRECISION)
+                if HAS_Z:
+                    through_state += product(rest_of_dy, b_state, PRECISION)
             through_state *= from_start[:, None]
             if not HAS_Z:
                 through_output += tl.sum(through_state * b_C.to(tl.float32), 1)
             b_dC += through_state
-            b_dB += product(b_x, dstate.to(DTYPE), PRECISION) * (step * to_end)[:, None]
+            b_dstate, rest_of_dstate = rounded(dstate, DTYPE)
+            through_dstate = product(b_x, b_dstate, PRECISION)
+            if REST == 2:
+                through_dstate += product(b_x, rest_of_dstate, PRECISION)
+            b_dB += through_dstate * (step * to_end)[:, None]
         dsimilarity += dpairs * inside_decays(cum, rest, number, Q, EXACT, MARKS, True) * step[:, None]
         if not HAS_Z:
             tl.store(by_output + i * H + head, through_output, mask=inside)
         tl.store(by_carry + head, through_carry)
 
     b_B = load_rows(B, stride_B_t, real, n0, N, NS, Q).to(DTYPE)
-    dsim = dsimilarity.to(DTYPE)
+    dsim, rest_of_dsim = rounded(dsimilarity, DTYPE)
     b_dB += product(dsim, b_C, PRECISION)
     b_dC += product(tl.trans(dsim), b_B, PRECISION)
+    if REST == 2:
+        b_dB += product(rest_of_dsim, b_C, PRECISION)
+        b_dC += product(tl.trans(rest_of_dsim), b_B, PRECISION)
     columns = 2 * part * part_of_projection + token * (G * N) + group * N + i[:, None] * (G * N) + n[None, :]
     to_store = inside[:, None] & (n[None, :] < N)
     tl.store(gradients + columns, b_dB, mask=to_store)
