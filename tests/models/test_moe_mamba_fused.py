@@ -145,12 +145,13 @@ def test_half_precision_on_gpu(dtype: torch.dtype, calls: list[str]) -> None:
     options |= {"hidden_size": 64, "moe_intermediate_size": 96}
     layers = {name: make_layer(name, torch.float32, **options).to("cuda").eval() for name in (FUSED, "eager")}
     x = torch.randn(2, 300, 64, device="cuda").to(dtype)
+    probe = torch.randn(2, 300, 64, device="cuda")
     results = {}
     for name, layer in layers.items():
         layer.experts.to(dtype)
         leaf = x.clone().requires_grad_()
         out, _ = layer(leaf)
-        out.float().sin().sum().backward()
+        (out * probe).sum().backward()
         gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
         results[name] = {"out": out, "x": leaf.grad, **gradients}
     assert calls == ["route", "routed_experts"]

@@ -23,6 +23,9 @@ __all__ = ["MoeMambaExperts", "MoeMambaMLP", "MoeMambaSparseMoe", "StackedExpert
 
 logger = logging.get_logger(__name__)
 
+# tokens of a decoding step for each of which the matrices of its experts are copied, where there is no kernel
+MOST_BATCHED = 32
+
 
 @use_experts_implementation
 class StackedExperts(nn.Module):
@@ -115,7 +118,10 @@ class MoeMambaExperts(StackedExperts):
         if autocast:
             dtype = torch.get_autocast_dtype(device_type)
         if implementation == FUSED and not kernels_fit(self, hidden_states, dtype):
-            implementation = "grouped_mm"
+            # as transformers' generate() has it: of few tokens only the chosen experts are read, and nothing waits for the host
+            few = hidden_states.device.type != "cpu" and not torch.is_grad_enabled()
+            few = few and hidden_states.shape[0] <= MOST_BATCHED
+            implementation = "batched_mm" if few else "grouped_mm"
         if implementation == "grouped_mm" and not self._grouped_mm_fits(dtype):
             return self.run_one_by_one(hidden_states, top_k_index, top_k_weights)
         run = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, StackedExperts.run_one_by_one)
