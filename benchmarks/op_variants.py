@@ -22,7 +22,6 @@ VARIANTS: dict[str, dict[str, Settings]] = {
     "selective_scan": {
         # 233 registers and no spills in place of 255 with some
         "backward 4 tokens": ((SCAN_BACKWARD, "BACKWARD", (32, 4)), (SCAN_BACKWARD, "SWEEP", (64, 4))),
-        "backward 2 states": ((SCAN_BACKWARD, "PARTS", 2),),
         # exponentials once in place of twice, but fewer programs
         "forward whole": ((SCAN_FORWARD, "FORWARD", (32, 8)), (SCAN_FORWARD, "UNSPLIT_PROGRAMS", 256)),
     },

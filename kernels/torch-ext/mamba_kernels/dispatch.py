@@ -53,6 +53,9 @@ OPS: dict[str, bool] = {
     "fused_linear": True,
     "mamba_step": True,
     "mamba2_step": True,
+    "route": True,
+    "routed_experts": True,
+    "experts_step": True,
 }
 
 

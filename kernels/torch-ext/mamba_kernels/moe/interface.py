@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_dtype, check_same_device, check_shape, check_tensor
-from ..dispatch import MOST_ROWS, OPS, left_to_eager, on_device, select
+from ..dispatch import MOST_ROWS, left_to_eager, on_device, select
 from ..signatures import once_per_signature
 from .eager import experts_step_eager, route_eager, routed_experts_eager
 from .reference import experts_step_ref, route_ref, routed_experts_ref
@@ -15,8 +15,6 @@ ACTIVATIONS = ("relu", "silu", "gelu")
 INDEX_DTYPES = (torch.int64, torch.int32)
 # experts that the router's tile holds, and whose scores stay in registers
 MOST_EXPERTS = 512
-
-OPS.update({"route": True, "routed_experts": True, "experts_step": True})
 
 
 def _check_floats(op: str, first: str, **values: Tensor | None) -> None:
