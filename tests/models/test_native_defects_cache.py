@@ -211,7 +211,8 @@ def test_defect_11_crop_rolls_back_exactly(kind: str) -> None:
     # accept two tokens of six, twice in a row without a forward in between
     cache.crop(-3)
     cache.crop(-1)
-    assert cache.get_seq_length() == 9 and cache.pending_length == 2
+    # the states after every token of a short forward are at hand: nothing is read again
+    assert cache.get_seq_length() == 9 and cache.pending_length == 0
     whole = torch.cat([prompt, wrong[:, :2], right], dim=1)
     expected = all_logits(model, whole)
     parts = [model(part, cache=cache).logits for part in right.split([1, 1, 3], dim=1)]
@@ -259,7 +260,23 @@ def test_defect_11_crop_zero_commits(kind: str) -> None:
     model(ids[:, 3:7], cache=cache)
     cache.crop(-2)
     cache.crop(0)
-    assert cache.get_seq_length() == 5
+    with pytest.raises(ValueError, match=r"back to token 4.*no snapshot that early"):
+        cache.crop(-1)
+    assert cache.get_seq_length() == 5 and cache.pending_length == 0
+    assert_close(model(ids[:, 5:], cache=cache).logits, all_logits(model, ids)[:, 5:])
+
+
+@ALL_MODELS
+@torch.no_grad()
+def test_defect_11_crop_zero_commits_a_long_forward(kind: str) -> None:
+    """Of more than 16 tokens only the states before them are kept, so the tokens that stay are read again."""
+    model = make_model(kind)
+    ids = random_ids(1, 23)
+    cache = filled_cache(model, ids[:, :3], recording=True)
+    model(ids[:, 3:], cache=cache)
+    cache.crop(-18)
+    cache.crop(0)
+    assert cache.get_seq_length() == 5 and cache.pending_length == 2
     # what the states have not seen yet can still go, and no more
     cache.crop(-2)
     with pytest.raises(ValueError, match=r"back to token 2.*no snapshot that early"):
