@@ -66,6 +66,9 @@ def ops(
     variants: Annotated[bool, typer.Option("--variants", help="Compare the settings in op_variants as well.")] = False,
     seconds: Annotated[float, typer.Option(help="What is not measured after this time is left out.")] = 120.0,
     first_call: Annotated[bool, typer.Option(help="Time the first call in fresh processes.")] = True,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep compiled kernels here; what lies there shortens first calls.")
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="The commit to write down where there is no .git.")] = None,
     output: Annotated[Path | None, typer.Option("--out", "--output", help="Default: in benchmarks/results.")] = None,
 ) -> None:
@@ -94,12 +97,13 @@ def ops(
         (row, [OURS, *(variants_of(row.op) if variants else []), *(n for n in present[1:] if offers(row.op, n))])
         for row in chosen
     ]
-    cache = Path(tempfile.mkdtemp(prefix="hf-mamba-bench-"))
-    before = os.environ.get("TRITON_CACHE_DIR")
+    kernels = Path(tempfile.mkdtemp(prefix="hf-mamba-bench-")) if cache is None else cache.resolve()
+    before = {name: os.environ.get(name) for name in ("TRITON_CACHE_DIR", "TRITON_CACHE_AUTOTUNING")}
     try:
         if device.type == "cuda":
-            os.environ["TRITON_CACHE_DIR"] = str(cache)
-            _compile(record, cells, cache, first_call)
+            # what a peer's autotuning found in one process serves the others
+            os.environ |= {"TRITON_CACHE_DIR": str(kernels), "TRITON_CACHE_AUTOTUNING": "1"}
+            _compile(record, cells, kernels, first_call)
             _print_first_calls(record, console)
         bandwidth = copy_bandwidth(device)
         record.settings["copy GB/s"] = bandwidth / 1e9
@@ -107,11 +111,13 @@ def ops(
             _measure_row(record, row, contenders, device, bandwidth, budget)
             gc.collect()
     finally:
-        if before is None:
-            os.environ.pop("TRITON_CACHE_DIR", None)
-        else:
-            os.environ["TRITON_CACHE_DIR"] = before
-        shutil.rmtree(cache, ignore_errors=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if cache is None:
+            shutil.rmtree(kernels, ignore_errors=True)
         _print_rows(record, console)
         console.print(f"written to {record.save(output)}", soft_wrap=True)
     wrong = sorted({f"{row.subject} ({row.contender})" for row in record.rows if row.status.startswith("refused")})
