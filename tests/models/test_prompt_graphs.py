@@ -388,9 +388,8 @@ def test_no_call_of_a_warm_process_compiles(kind: str, reads: Reads) -> None:
     assert all(seconds < 2 for length, seconds in times[16:]), times
 
 
-@pytest.mark.gpu
-def test_experts_in_half_precision(reads: Reads) -> None:
-    device = torch.device("cuda", 0)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_experts_in_half_precision(device: torch.device, reads: Reads) -> None:
     model = make_talker("moe_mamba", moe_intermediate_size=32).to(device, torch.bfloat16)
     options = {"max_new_tokens": STEPS, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
     ids = random_ids(2, 37).to(device)

@@ -189,7 +189,8 @@ def _ssd_bwd_projections_kernel(
             dstate = tl.load(leaving + offsets, mask=mask, other=0.0)
             dpairs += product(b_x, tl.trans(b_dy), PRECISION)
             if REST == 2 and HAS_Z:
-                dpairs += product(b_x, tl.trans(rest_of_dy), PRECISION)
+                # a second product into `dpairs` as it stands reads shared memory that is gone (triton 3.6, sm_90)
+                dpairs += tl.trans(product(rest_of_dy, tl.trans(b_x), PRECISION))
             through_carry += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
             b_state, rest_of_state = rounded(state, DTYPE)
             through_state = product(b_dy, b_state, PRECISION)
