@@ -14,6 +14,8 @@ __all__ = ["norm_backward"]
 BACKWARD = Tuning(tile=4096, per_warp=512)
 # the programs have this many warps together: 32 for each multiprocessor of an H100
 BACKWARD_WARPS = 4224
+# rows in flight, of which all but one are being fetched
+STAGES = 3
 
 
 @triton.jit
@@ -111,6 +113,8 @@ def _rms_norm_bwd_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_DEXTRA: tl.constexpr,
     HAS_DWEIGHT: tl.constexpr,
+    EIGHTHS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx, with HAS_DEXTRA the gradient of the second operand, and one row of `partials` (programs, D) of dweight.
 
@@ -118,6 +122,8 @@ def _rms_norm_bwd_kernel(
     """
     # as in the forward
     eps = tl.cast(eps, tl.float32)
+    if EIGHTHS:
+        stride_extra_r = stride_extra_r // 8 * 8
     pid = tl.program_id(0).to(tl.int64)
     program = pid // GROUPS
     first = (pid % GROUPS) * W
@@ -134,7 +140,7 @@ def _rms_norm_bwd_kernel(
         is_channel = column < W
         d = column.to(tl.int64)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for start in range(program * ROWS, rows, programs * ROWS):
+        for start in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
             row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
             mask = (row < rows) & is_channel
             b_dy, b_x, b_extra, value, dnormed = _backward_operands(
@@ -290,6 +296,8 @@ def norm_backward(
         HAS_WEIGHT=weight is not None,
         HAS_DEXTRA=dextra_dtype is not None,
         HAS_DWEIGHT=wants_dweight,
+        EIGHTHS=stride_extra_r % 8 == 0,
+        STAGES=STAGES,
         num_warps=warps,
     )
     if weight is None or not wants_dweight:
