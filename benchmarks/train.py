@@ -52,12 +52,22 @@ __all__ = ["step_flops", "train"]
 OURS, NATIVE, BARE, MAMBA_SSM = "hf_mamba", "transformers", "transformers-bare", "mamba_ssm"
 PEERS = (NATIVE, MAMBA_SSM, BARE)
 # what ours can be asked to do, and the name that asks for nothing
-OPTIONS = ("eager", "skip_logits", "graph", "part_checkpointing", "checkpointing", "compile", "compile_graphs", "lora")
+OPTIONS = (
+    "eager",
+    "skip_logits",
+    "graph",
+    "part_checkpointing",
+    "checkpointing",
+    "compile",
+    "compile_graphs",
+    "lora",
+    "lora_16bit",
+)
 PLAIN = "plain"
 # losses, relative: in half precision, kernels that round at other places
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "autocast": 2e-2}
 LEARNING_RATE = 1e-3
-# adapters that transformers' own classes can have as well
+# adapters that transformers' own classes can have as well; PEFT holds them in fp32 unless it is told not to
 LORA = {"r": 16, "target_modules": ["in_proj"]}
 # of "part_checkpointing": every so many blocks are computed again
 CHECKPOINTED = 3
@@ -114,7 +124,7 @@ def train(
             help=f"Contenders of ours: {PLAIN}, or options out of {', '.join(OPTIONS)} joined by +. What each changes is set "
             "against the one before."
         ),
-    ] = "plain,skip_logits,graph,graph+part_checkpointing,graph+checkpointing,skip_logits+compile,graph+lora",
+    ] = "plain,skip_logits,graph,graph+part_checkpointing,graph+checkpointing,skip_logits+compile,graph+lora,graph+lora_16bit",
     against: Annotated[
         str, typer.Option(help="Peers, or none; those that are not installed are named and left out.")
     ] = ",".join(PEERS),
@@ -211,9 +221,13 @@ def train(
         raise typer.Exit(1)
 
 
+def _has_adapters(options: Iterable[str]) -> bool:
+    return not {"lora", "lora_16bit"}.isdisjoint(options)
+
+
 def with_adapters(peers: Iterable[str], own: Iterable[tuple[str, ...]]) -> Iterable[Contender]:
     """The peers, and transformers with adapters too if one of ours has them."""
-    wanted = any("lora" in options for options in own)
+    wanted = any(_has_adapters(options) for options in own)
     for peer in peers:
         yield Contender(peer)
         if wanted and peer != MAMBA_SSM:
@@ -438,7 +452,7 @@ class Bench:
 
     def _measure(self, row: Row, contender: Contender, cell_seconds: float, cap_seconds: float) -> None:
         row.status = "measured"
-        adapted = "lora" in contender.options
+        adapted = _has_adapters(contender.options)
         before = self._allocated()
         step = self._contender(contender)
         if contender.who in (NATIVE, BARE) or "eager" in contender.options:
@@ -531,10 +545,11 @@ class Bench:
             if "part_checkpointing" in options:
                 for index, layer in enumerate(model.backbone.layers):
                     layer.gradient_checkpointing = index % CHECKPOINTED == 0
-        if "lora" in options:
+        if _has_adapters(options):
             peft = importlib.import_module("peft")
             torch.manual_seed(0)
-            model = peft.get_peft_model(model, peft.LoraConfig(**LORA))
+            wide = "lora_16bit" not in options
+            model = peft.get_peft_model(model, peft.LoraConfig(**LORA), autocast_adapter_dtype=wide)
         step = Step(model, self.device, self.precision)
         if "compile" in options:
             step.model = torch.compile(model, backend=self.backend)

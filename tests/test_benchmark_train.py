@@ -50,14 +50,14 @@ def test_every_contender_is_checked_and_timed(kind: str, tmp_path: Path) -> None
 
 def test_adapters_have_losses_of_their_own(tmp_path: Path) -> None:
     """transformers' own class with the same adapters beside ours, and as if no package were installed."""
-    options = "skip_logits+lora,lora+part_checkpointing"
+    options = "skip_logits+lora,lora_16bit+part_checkpointing"
     arguments = ["--models", "mamba", "--options", options, "--against", "transformers"]
     result, rows = run(tmp_path / "record.json", *arguments)
     assert result.exit_code == 0, result.output
     assert list(rows) == [
         "hf_mamba",
         "hf_mamba + skip_logits + lora",
-        "hf_mamba + lora + part_checkpointing",
+        "hf_mamba + lora_16bit + part_checkpointing",
         "transformers",
         "transformers + lora",
     ]
