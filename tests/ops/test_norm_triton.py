@@ -169,7 +169,7 @@ def run_toy_case(largest: int = 8192, programs: int = 4224, **case: Any) -> dict
     """One entry of TOY_CASES, with tiles small enough to have several of everything."""
     forward = importlib.import_module(PACKAGE + "triton_forward")
     backward = importlib.import_module(PACKAGE + "triton_backward")
-    forward.FORWARD = backward.BACKWARD = forward.Tuning(tile=32, per_warp=32, loop_block=8, loop_warps=1)
+    forward.FORWARD = backward.SHORT = backward.LONG = forward.Tuning(tile=32, per_warp=32, loop_block=8, loop_warps=1)
     forward.LARGEST_BLOCK, backward.BACKWARD_WARPS = largest, programs
     return errors_of_case(**case)
 

@@ -11,11 +11,12 @@ from .triton_forward import Tuning, as_rows, contiguous_like, load, tile_of
 
 __all__ = ["norm_backward"]
 
-BACKWARD = Tuning(tile=4096, per_warp=512)
+# rows of up to LONGEST_SHORT channels: few registers, so that several programs fit, and SHORT_STAGES rows in flight; longer
+# ones fill a multiprocessor as it is
+SHORT, LONG = Tuning(tile=1024, per_warp=256), Tuning(tile=4096, per_warp=512)
+LONGEST_SHORT, SHORT_STAGES = 2048, 4
 # the programs have this many warps together: 32 for each multiprocessor of an H100
 BACKWARD_WARPS = 4224
-# rows in flight, of which all but one are being fetched
-STAGES = 3
 
 
 @triton.jit
@@ -260,7 +261,8 @@ def norm_backward(
     channels = x.shape[-1]
     dx = contiguous_like(x, dx_dtype)
     dextra = dx if dextra_dtype is None else contiguous_like(x, dextra_dtype)
-    block, rows, warps = tile_of(width, BACKWARD)
+    is_short = width <= LONGEST_SHORT
+    block, rows, warps = tile_of(width, SHORT if is_short else LONG)
     count, groups = dx.numel() // channels, channels // width
     programs = min(-(-count // rows), max(1, BACKWARD_WARPS // (warps * groups)))
     partials = dx
@@ -297,7 +299,7 @@ def norm_backward(
         HAS_DEXTRA=dextra_dtype is not None,
         HAS_DWEIGHT=wants_dweight,
         EIGHTHS=stride_extra_r % 8 == 0,
-        STAGES=STAGES,
+        STAGES=SHORT_STAGES if is_short else 1,
         num_warps=warps,
     )
     if weight is None or not wants_dweight:
