@@ -130,15 +130,23 @@ def test_generate_measures_ours_first_and_all_against_it(tmp_path: Path) -> None
     pytest.importorskip("matplotlib")
     from benchmarks.__main__ import app
 
-    arguments = [*GENERATE, "--prompts", "8,12", "--against", "stock-loop,transformers,attention", "--models", "mamba"]
+    arguments = [
+        *GENERATE,
+        "--prompts",
+        "8,12",
+        "--against",
+        "stock-loop,transformers,transformer",
+        "--models",
+        "mamba",
+    ]
     output, record = run(tmp_path, *arguments)
     rows = [row for row in record["rows"] if row["mode"] == "decode"]
     assert [(row["contender"], row["shape"]["L"]) for row in rows] == [
-        (name, length) for name in ("hf_mamba", "stock-loop", "transformers", "attention") for length in (8, 12)
+        (name, length) for name in ("hf_mamba", "stock-loop", "transformers", "transformer") for length in (8, 12)
     ]
     for row in record["rows"]:
         assert row["status"] == "measured", row
-        assert row["error"] is None if row["contender"] in ("hf_mamba", "attention") else row["error"] < 1e-3
+        assert row["error"] is None if row["contender"] in ("hf_mamba", "transformer") else row["error"] < 1e-3
     assert "mamba-130m" in output
     result = CliRunner().invoke(app, ["plot", str(tmp_path / "record.json")])
     assert result.exit_code == 0, result.output
