@@ -92,25 +92,27 @@ def generate(
         Bench(kind, size, device, dtype, new_tokens, rounds, layers, console) for size in chosen for kind in kinds
     ]
     own = (OURS, REPEATING, DRAFTED) if drafted else (OURS,)
-    for names in (own, peers):
+    for group in (own, peers):
         for bench in benches:
-            for name in names:
+            for name in group:
                 # one transformer stands beside all models of a size
                 again = name == TRANSFORMER and bench.kind != kinds[0]
                 if again or (bench.kind not in KINDS and name in OTHER_CLASSES):
                     continue
-                beside = [other for other in benches if name == TRANSFORMER and other.size == bench.size]
+                others = [other.name for other in benches if other.size == bench.size and other is not bench]
                 batches_of = [1] if name in (REPEATING, DRAFTED) else rows
                 for cells in bench.contender(name, lengths, batches_of, bandwidth, deadline):
                     record.rows += cells
-                    record.rows += [replace(row, subject=other.name) for other in beside[1:] for row in cells]
+                    if name == TRANSFORMER:
+                        record.rows += [replace(row, subject=other) for other in others for row in cells]
                     record.save(output)
-            if profile and names is own and device.type == "cuda" and time.perf_counter() < deadline:
+            if profile and group is own and device.type == "cuda" and time.perf_counter() < deadline:
                 record.summary += [entry for batch in rows for entry in bench.kernels(lengths[0], batch)]
                 record.save(output)
             bench.release()
     subjects = [bench.name for bench in benches]
-    record.rows.sort(key=lambda row: subjects.index(row.subject))
+    names = [*own, *peers]
+    record.rows.sort(key=lambda row: (subjects.index(row.subject), names.index(row.contender)))
     print_table(console, record)
     record.print_summary(console, "Kernels of a token")
     console.print(f"written to {record.save(output)}", soft_wrap=True)

@@ -247,7 +247,10 @@ class Bench:
     ) -> list[Row]:
         """Prefill and decoding for one prompt length and batch size."""
         shape = {"B": batch, "L": length}
-        cells = [Row(self.name, name, shape, _short(self.dtype), mode) for mode in ("prefill", "decode")]
+        cells = [
+            Row(self.name, name, shape, _short(self.dtype), mode, parameters=prepared.parameters)
+            for mode in ("prefill", "decode")
+        ]
         if time.perf_counter() > deadline:
             for row in cells:
                 row.status = "out of time"
@@ -257,7 +260,6 @@ class Bench:
         try:
             error = self._agreement(name, run, ids)
             for row in cells:
-                row.parameters = prepared.parameters
                 row.note = self._repetition(name, run, ids) if name in (REPEATING, DRAFTED) else None
                 row.error = error
                 if error is not None and error > TOLERANCES[self.dtype]:
@@ -312,13 +314,12 @@ class Bench:
         key = tuple(ids.shape)
         if name == REPEATING:
             self.said[key] = said
-            wanted, right = PERIOD + torch.arange(ids.shape[1], text.shape[1]) % PERIOD, "repeat the prompt"
-        elif key in self.said:
-            wanted, right = self.said[key], "equal those of repeating"
-        else:
+            wrong = int((said != PERIOD + torch.arange(ids.shape[1], text.shape[1]) % PERIOD).sum())
+            return "text repeats" if wrong == 0 else f"{wrong} of {said.numel()} tokens do not repeat the prompt"
+        if key not in self.said:
             return "no tokens to compare with"
-        count = int((said == wanted).sum())
-        return f"{count} of {said.numel()} tokens {right}"
+        wrong = int((said != self.said[key]).sum())
+        return "tokens equal" if wrong == 0 else f"{wrong} of {said.numel()} tokens differ"
 
     def _clock(self, run: Callable[[], Any]) -> float:
         synchronize(self.device)
