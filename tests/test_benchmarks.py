@@ -156,7 +156,7 @@ TOY = ["generate", "--sizes", "small", "--batches", "1,2", "--new-tokens", "8", 
 
 
 def test_generate_measures_one_transformer_for_all_models_of_a_size(tmp_path: Path) -> None:
-    arguments = ["--prompts", "8,3000", "--against", "transformer", "--models", "mamba,mamba2"]
+    arguments = ["--prompts", "8,200", "--against", "transformer", "--models", "mamba,mamba2"]
     output, record = run(tmp_path, *TOY, *arguments)
     assert output.count("small, transformer\n") == 1
     rows = {kind: [row for row in record["rows"] if row["subject"] == f"{kind}-small"] for kind in ("mamba", "mamba2")}
@@ -166,12 +166,12 @@ def test_generate_measures_one_transformer_for_all_models_of_a_size(tmp_path: Pa
     }
     assert measured["mamba"] == measured["mamba2"]
     assert [row["status"] for row in measured["mamba"]] == ["measured"] * 8
-    (one,) = [row for row in measured["mamba"] if row["mode"] == "decode" and row["shape"] == {"B": 2, "L": 3000}]
+    (one,) = [row for row in measured["mamba"] if row["mode"] == "decode" and row["shape"] == {"B": 2, "L": 200}]
     # two layers of 12 * 256**2 and their biases and norms, the last norm, embedding and head
     layer = 12 * 256**2 + 13 * 256
     assert one["parameters"] == 2 * layer + 2 * 256 + 2 * 512 * 256
-    # the embedding is not read; keys and values are, of 3,000 tokens and the mean of the new ones
-    read = 4 * (one["parameters"] - 512 * 256) + 4 * 2 * 2 * 256 * 2 * (3000 + 4)
+    # the embedding is not read; keys and values are, of 200 tokens and the mean of the new ones
+    read = 4 * (one["parameters"] - 512 * 256) + 4 * 2 * 2 * 256 * 2 * (200 + 4)
     assert one["floor_ms"] / 1000 * record["settings"]["copy_bytes_per_s"] == pytest.approx(read)
     (ours,) = {row["parameters"] for row in rows["mamba"] if row["contender"] == "hf_mamba"}
     assert 0.8 < ours / one["parameters"] < 1.2
@@ -212,7 +212,7 @@ def test_generate_goes_on_after_a_peer_that_fails(
 
     monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "forward", fail)
     arguments = ["--prompts", "8", "--against", "transformer,stock-loop", "--models", "mamba,mamba2"]
-    output, record = run(tmp_path, *TOY, *arguments)
+    output, record = run(tmp_path, *TOY, *arguments, "--batches", "1", "--new-tokens", "2")
     found = {name: [] for name in ("hf_mamba", "transformer", "stock-loop")}
     for row in record["rows"]:
         found[row["contender"]].append(row["status"])
