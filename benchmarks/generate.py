@@ -104,7 +104,8 @@ def generate(
                 for cells in bench.contender(name, lengths, batches_of, bandwidth, deadline):
                     record.rows += cells
                     if name == TRANSFORMER:
-                        record.rows += [replace(row, subject=other) for other in others for row in cells]
+                        note = f"measured once, with {bench.name}"
+                        record.rows += [replace(row, subject=other, note=note) for other in others for row in cells]
                     record.save(output)
             if profile and group is own and device.type == "cuda" and time.perf_counter() < deadline:
                 record.summary += [entry for batch in rows for entry in bench.kernels(lengths[0], batch)]

@@ -259,9 +259,9 @@ class Bench:
         first, whole = [], []
         try:
             error = self._agreement(name, run, ids)
+            note = self._repetition(name, run, ids) if name in (REPEATING, DRAFTED) else None
             for row in cells:
-                row.note = self._repetition(name, run, ids) if name in (REPEATING, DRAFTED) else None
-                row.error = error
+                row.error, row.note = error, note
                 if error is not None and error > TOLERANCES[self.dtype]:
                     row.status = f"refused: logits differ by {error:.1e}"
             if cells[0].status != "measured":
