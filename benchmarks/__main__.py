@@ -22,7 +22,10 @@ app.command("cpu-training", epilog="Example: python -m benchmarks cpu-training -
 app.command("cpu-generate", epilog="Example: python -m benchmarks cpu-generate --models mamba2 --prompts 512")(
     cpu_generate
 )
-app.command("generate", epilog="Example: python -m benchmarks generate --sizes 2.8b --batches 1,64")(generate)
+app.command(
+    "generate",
+    epilog="Example: python -m benchmarks generate --sizes 2.8b --batches 1,64 --against mamba_ssm,transformer",
+)(generate)
 app.command("moe", epilog="Example: python -m benchmarks moe --experts 32 --blocks 0")(moe)
 app.command("ops", epilog="Example: python -m benchmarks ops --op selective_scan --against mamba_ssm,eager")(ops)
 app.command("projections", epilog="Example: python -m benchmarks projections --batches 1")(projections)

@@ -1,4 +1,7 @@
-"""The models that are compared: ours, transformers' own class, mamba_ssm's and mambapy, all with the same weights."""
+"""The models that are compared: ours, transformers' own class, mamba_ssm's and mambapy, all with the same weights.
+
+Beside them a transformer of the same size, which has weights of its own.
+"""
 
 import importlib
 import importlib.util
@@ -18,11 +21,16 @@ __all__ = [
     "CLASSES",
     "KINDS",
     "OWN_KINDS",
+    "PERIOD",
+    "PYTHIA",
     "SIZES",
+    "TRANSFORMER",
     "MambapyForCausalLM",
     "has_mambapy",
     "make_mamba_ssm",
     "make_models",
+    "make_repeating",
+    "make_transformer",
     "native_without_packages",
     "parse_names",
     "parse_numbers",
@@ -34,6 +42,9 @@ KINDS = ("mamba", "mamba2")
 OWN_KINDS = (*KINDS, "moe_mamba")
 # what `--against` takes for no peer at all
 NOBODY = "none"
+TRANSFORMER = "transformer"
+# tokens after which the text of `make_repeating` begins again
+PERIOD = 16
 
 
 class Classes(NamedTuple):
@@ -110,6 +121,22 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "state_size": 16,
             "num_experts": 4,
         },
+    },
+}
+
+# transformers of the same sizes: the shapes of Pythia (arXiv 2304.01373, table 1; the smallest is called 160m, the next 410m), which
+# Mamba's paper compares with
+PYTHIA: dict[str, dict[str, int]] = {
+    "130m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "370m": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "1.4b": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 8192},
+    "2.8b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240},
+    "small": {
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+        "vocab_size": 512,
     },
 }
 
@@ -240,6 +267,42 @@ def make_mamba_ssm(
     model.load_state_dict(
         {key.replace("backbone.embeddings.", "backbone.embedding."): value for key, value in weights.items()}
     )
+    return model
+
+
+def make_transformer(size: str, positions: int, layers: int | None = None) -> Any:
+    """transformers' GPTNeoX, which is Pythia's architecture, with random weights and SDPA.
+
+    Args:
+        size: out of `PYTHIA`.
+        positions: that it has to have room for; Pythia's own 2,048 are the least.
+        layers: of the Mamba model beside it, which has two for each of a transformer of the same size; those of the size if None.
+    """
+    shape = {"vocab_size": 50304} | PYTHIA[size]
+    if layers is not None:
+        shape["num_hidden_layers"] = max(1, layers // 2)
+    config = transformers.GPTNeoXConfig(max_position_embeddings=max(2048, positions), **shape)
+    return transformers.AutoModelForCausalLM.from_config(
+        config,
+        attn_implementation="sdpa",
+        dtype=torch.get_default_dtype(),
+    )
+
+
+def make_repeating(kind: str, fields: dict[str, Any]) -> Any:
+    """Our model with random layers, but a head by which every token is followed by the next one, and 2 * PERIOD - 1 by PERIOD.
+
+    It goes on with a text of these tokens as the text has begun, which random weights would not do. The head is not tied, so the
+    weights that a step reads are as many as ever.
+    """
+    classes = CLASSES[kind]
+    model = classes.own(classes.own_config(**fields | {"tie_word_embeddings": False}))
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        # large beside what the layers add to the residual
+        embeddings.normal_()
+        head.copy_(embeddings.roll(1, 0))
+        head[[PERIOD, 2 * PERIOD]] = head[[2 * PERIOD, PERIOD]]
     return model
 
 

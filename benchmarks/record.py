@@ -53,6 +53,9 @@ class Row:
     # what the model has to compute, whoever computes it; and that over what the device could do in the time
     flops: float | None = None
     mfu: float | None = None
+    # of the whole model; what has to be known beside the numbers
+    parameters: int | None = None
+    note: str | None = None
 
     def fill(self, outcome: Outcome, tokens: int | None = None) -> "Row":
         """Take over what `timing.compare` found; `tokens` per run gives tokens per second of the median run."""

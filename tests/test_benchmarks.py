@@ -130,18 +130,122 @@ def test_generate_measures_ours_first_and_all_against_it(tmp_path: Path) -> None
     pytest.importorskip("matplotlib")
     from benchmarks.__main__ import app
 
-    arguments = [*GENERATE, "--prompts", "8,12", "--against", "stock-loop,transformers,attention", "--models", "mamba"]
+    arguments = [
+        *GENERATE,
+        "--prompts",
+        "8,12",
+        "--against",
+        "stock-loop,transformers,transformer",
+        "--models",
+        "mamba",
+    ]
     output, record = run(tmp_path, *arguments)
     rows = [row for row in record["rows"] if row["mode"] == "decode"]
     assert [(row["contender"], row["shape"]["L"]) for row in rows] == [
-        (name, length) for name in ("hf_mamba", "stock-loop", "transformers", "attention") for length in (8, 12)
+        (name, length) for name in ("hf_mamba", "stock-loop", "transformers", "transformer") for length in (8, 12)
     ]
     for row in record["rows"]:
         assert row["status"] == "measured", row
-        assert row["error"] is None if row["contender"] in ("hf_mamba", "attention") else row["error"] < 1e-3
+        assert row["error"] is None if row["contender"] in ("hf_mamba", "transformer") else row["error"] < 1e-3
     assert "mamba-130m" in output
     result = CliRunner().invoke(app, ["plot", str(tmp_path / "record.json")])
     assert result.exit_code == 0, result.output
+
+
+TOY = ["generate", "--sizes", "small", "--batches", "1,2", "--new-tokens", "8", "--rounds", "1"]
+
+
+def test_generate_measures_one_transformer_for_all_models_of_a_size(tmp_path: Path) -> None:
+    arguments = ["--prompts", "8,200", "--batches", "2", "--against", "transformer", "--models", "mamba,mamba2"]
+    output, record = run(tmp_path, *TOY, *arguments)
+    assert output.count("small, transformer\n") == 1
+    rows = {kind: [row for row in record["rows"] if row["subject"] == f"{kind}-small"] for kind in ("mamba", "mamba2")}
+    measured = {
+        kind: [row | {"subject": None, "note": None} for row in found if row["contender"] == "transformer"]
+        for kind, found in rows.items()
+    }
+    assert measured["mamba"] == measured["mamba2"]
+    assert [row["status"] for row in measured["mamba"]] == ["measured"] * 4
+    assert {row["note"] for row in rows["mamba2"]} == {None, "measured once, with mamba-small"}
+    (one,) = [row for row in measured["mamba"] if row["mode"] == "decode" and row["shape"] == {"B": 2, "L": 200}]
+    # two layers of 12 * 256**2 and their biases and norms, the last norm, embedding and head
+    layer = 12 * 256**2 + 13 * 256
+    assert one["parameters"] == 2 * layer + 2 * 256 + 2 * 512 * 256
+    # the embedding is not read; keys and values are, of 200 tokens and the mean of the new ones
+    read = 4 * (one["parameters"] - 512 * 256) + 4 * 2 * 2 * 256 * 2 * (200 + 4)
+    assert one["floor_ms"] / 1000 * record["settings"]["copy_bytes_per_s"] == pytest.approx(read)
+    (ours,) = {row["parameters"] for row in rows["mamba"] if row["contender"] == "hf_mamba"}
+    assert 0.8 < ours / one["parameters"] < 1.2
+    # a curve in the panel of every model
+    curves = pytest.importorskip("benchmarks.plot").curves_of(record)
+    for kind in ("mamba", "mamba2"):
+        assert curves[f"{kind}-small B2", "decode"].keys() == {"hf_mamba", "transformer"}
+
+
+@pytest.mark.parametrize("size", ["130m", "370m", "1.4b", "2.8b"])
+def test_the_transformer_is_as_large_as_the_model_beside_it(size: str) -> None:
+    contenders = pytest.importorskip("benchmarks.contenders")
+    classes, fields = contenders.CLASSES["mamba"], contenders.SIZES[size]["mamba"]
+    with torch.device("meta"):
+        ours = classes.own(classes.own_config(**fields))
+        transformer = contenders.make_transformer(size, 100_000)
+        halved = contenders.make_transformer(size, 1, layers=6)
+    counts = [sum(weight.numel() for weight in model.parameters()) for model in (ours, transformer)]
+    # Pythia's head is not tied, which counts most in the smallest
+    assert 0.9 < counts[1] / counts[0] < 1.3
+    assert transformer.config.max_position_embeddings == 100_000 and halved.config.max_position_embeddings == 2048
+    assert transformer.config._attn_implementation == "sdpa"
+    assert halved.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(torch.OutOfMemoryError("no"), "out of memory"), (ValueError("no"), "failed: ValueError: no")],
+    ids=["memory", "failure"],
+)
+def test_generate_goes_on_after_a_peer_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
+) -> None:
+    import transformers
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "forward", fail)
+    arguments = ["--prompts", "8", "--against", "transformer,stock-loop", "--models", "mamba,mamba2"]
+    output, record = run(tmp_path, *TOY, *arguments, "--batches", "1", "--new-tokens", "2")
+    found = {name: [] for name in ("hf_mamba", "transformer", "stock-loop")}
+    for row in record["rows"]:
+        found[row["contender"]].append(row["status"])
+    assert found["transformer"] and set(found["transformer"]) == {status}
+    assert set(found["hf_mamba"]) == set(found["stock-loop"]) == {"measured"}
+    assert status.split(":")[0] in " ".join(output.split())
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "moe_mamba"])
+def test_generate_times_drafts_of_a_text_that_repeats(tmp_path: Path, kind: str) -> None:
+    arguments = ["--prompts", "40", "--against", "none", "--models", kind, "--drafted"]
+    _, record = run(tmp_path, *TOY, *arguments)
+    rows = [row for row in record["rows"] if row["mode"] == "decode" and row["contender"] != "hf_mamba"]
+    assert [(row["contender"], row["shape"]["B"], row["status"], row["note"]) for row in rows] == [
+        ("repeating", 1, "measured", "text repeats"),
+        ("repeating-drafted", 1, "measured", "tokens equal"),
+    ]
+    plain, drafted = rows
+    assert plain["floor_ms"] > 0 and drafted["floor_ms"] is None
+
+
+def test_the_text_goes_on_at_the_largest_depth() -> None:
+    """At the depth of the 2.8b checkpoints, too, the layers do not drown the embedding."""
+    contenders = pytest.importorskip("benchmarks.contenders")
+    torch.manual_seed(0)
+    fields = contenders.SIZES["small"]["mamba"] | {"num_hidden_layers": 64}
+    model = contenders.make_repeating("mamba", fields).eval()
+    period = contenders.PERIOD
+    ids = (period + torch.arange(3 * period) % period)[None]
+    with torch.no_grad():
+        said = model(ids).logits.argmax(-1)
+    assert torch.equal(said[:, :-1], ids[:, 1:])
 
 
 def test_generate_builds_moe_mamba_and_takes_no_peers(tmp_path: Path) -> None:
