@@ -21,6 +21,7 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "route-one-expert": {"op": "route", "experts": 1},
     "route-many-experts": {"op": "route", "experts": 37, "tokens": 33, "top_k": 4},
     "experts": {"op": "experts"},
+    "experts-strided-choice": {"op": "experts", "strided": True},
     "experts-gated": {"op": "experts", "gated": True, "activation": "silu", "top_k": 2},
     "experts-gelu-biases": {"op": "experts", "gated": True, "activation": "gelu", "bias": True, "top_k": 3},
     "experts-biases": {"op": "experts", "activation": "silu", "bias": True},
@@ -130,15 +131,22 @@ def errors_of_route(
 
 
 def errors_of_experts(
-    top_k: int = 1, activation: str = "relu", gated: bool = False, missing: int = 0, **sizes: Any
+    top_k: int = 1,
+    activation: str = "relu",
+    gated: bool = False,
+    missing: int = 0,
+    strided: bool = False,
+    **sizes: Any,
 ) -> dict[str, float]:
-    """`missing`: so many numbers of experts that do not exist are among the choices."""
+    """`missing`: so many numbers of experts that do not exist are among the choices; `strided`: the choices lie apart."""
     operands = make_operands(gated=gated, **sizes)
     x, up = operands["x"], operands["up"]
     assert x is not None and up is not None
     scores = torch.rand(x.shape[0], up.shape[0] + missing, device=x.device)
     weights, indices = scores.topk(top_k)
     indices = indices.clamp(max=up.shape[0])
+    if strided:
+        indices = torch.stack([indices, indices + 1], dim=-1)[..., 0]
     operands = {"x": x, "weights": weights, **{name: v for name, v in operands.items() if name != "x"}}
 
     def call(fn: Any) -> Any:

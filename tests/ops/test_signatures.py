@@ -68,6 +68,18 @@ def test_what_was_refused_is_refused_again() -> None:
     assert len(calls) == 2
 
 
+def test_what_a_check_returns_is_remembered_with_its_signature() -> None:
+    @once_per_signature
+    def is_wide(x: torch.Tensor, limit: int | None = None) -> bool:
+        return x.shape[-1] > (4 if limit is None else limit)
+
+    for _ in range(2):
+        assert is_wide(torch.randn(5)) is True
+        assert is_wide(torch.randn(5), 5) is False
+        assert is_wide(torch.randn(3)) is False
+        assert is_wide(torch.randn(3), None) is False
+
+
 def test_unhashable_arguments_are_checked_each_time() -> None:
     check, calls = counting()
     for _ in range(2):

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ...layers.switch import Routing, TopKRouter, within_capacity
 from .configuration_moe_mamba import MoeMambaConfig
-from .fused import FUSED, fused_router, fused_step, kernels_fit
+from .fused import FUSED, fused_experts, fused_router, fused_step, kernels_fit
 
 __all__ = ["MoeMambaExperts", "MoeMambaMLP", "MoeMambaSparseMoe", "StackedExperts", "truncated_normal_"]
 
@@ -236,25 +236,30 @@ class MoeMambaSparseMoe(nn.Module):
         flat_valid = None if valid is None else valid.flatten()
         training = self.training and not dropless
         fused = self.config._experts_implementation == FUSED
-        may_step = fused and not training and self.has_plain_experts()
-        step = fused_step(self.router, self.experts, tokens) if may_step else None
+        router, experts = self.router, self.experts
+        # both read the same configuration unless somebody gave the experts one of their own
+        plain = fused and self.has_plain_experts() and experts.config is self.config
+        step = fused_step(router, experts, tokens) if plain and not training else None
+        out: Tensor | None = None
         if step is not None:
             out, router_logits, weights, indices = step
         else:
-            routed = fused_router(self.router, tokens, noisy=training) if fused else None
-            router_logits, weights, indices = self.router(tokens, noisy=training) if routed is None else routed
+            routed = fused_router(router, tokens, noisy=training) if fused else None
+            router_logits, weights, indices = router(tokens, noisy=training) if routed is None else routed
         kept = None
         if training and self.capacity_factor is not None:
-            kept = within_capacity(indices, self.router.num_experts, self.capacity_factor, flat_valid)
+            kept = within_capacity(indices, router.num_experts, self.capacity_factor, flat_valid)
             weights = weights.masked_fill(~kept, 0.0)
         if self.observer is not None:
             self.observer(Routing(router_logits.detach(), weights.detach(), indices, kept, flat_valid, training))
-        if step is None:
+        if plain and out is None:
+            out = fused_experts(experts, tokens, indices, weights)
+        if out is None:
             # the grouped matrix products take no empty input
-            out = self.experts(tokens, indices, weights) if tokens.shape[0] else tokens
+            out = experts(tokens, indices, weights) if tokens.shape[0] else tokens
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
-        return out.view_as(hidden_states), router_logits.unflatten(0, hidden_states.shape[:2])
+        return out.view_as(hidden_states), router_logits.view(*hidden_states.shape[:2], router_logits.shape[1])
 
     def has_plain_experts(self) -> bool:
         """Whether the experts stand alone, without an adapter around them."""

@@ -19,7 +19,15 @@ from mamba_kernels.moe import experts_step, route, routed_experts
 from ...layers.norms import RMSNorm
 from ...layers.switch import TopKRouter
 
-__all__ = ["FUSED", "fused_block_step", "fused_experts_forward", "fused_router", "fused_step", "kernels_fit"]
+__all__ = [
+    "FUSED",
+    "fused_block_step",
+    "fused_experts",
+    "fused_experts_forward",
+    "fused_router",
+    "fused_step",
+    "kernels_fit",
+]
 
 FUSED = "fused"
 
@@ -30,14 +38,11 @@ _ACTIVATIONS = {"ReLU": "relu", "SiLU": "silu", "SiLUActivation": "silu", "GELUA
 def _activation(module: Any) -> str | None:
     """The kernels' name for an activation module, if they have it."""
     name = _ACTIVATIONS.get(type(module).__name__)
+    if name != "gelu":
+        return name
     # the other kinds of gelu are approximations
-    approximate = getattr(module, "approximate", "none") != "none" or getattr(
-        module, "act", nn.functional.gelu
-    ) not in (
-        nn.functional.gelu,
-        None,
-    )
-    return None if name == "gelu" and approximate else name
+    exact = getattr(module, "approximate", "none") == "none"
+    return name if exact and getattr(module, "act", None) in (nn.functional.gelu, None) else None
 
 
 def _up_name(experts: Any) -> str:
@@ -93,11 +98,15 @@ def fused_experts_forward(
     known = isinstance(module, StackedExperts) or not experts.has_gate or _gates_plainly(module)
     if not known or not kernels_fit(experts, hidden_states, experts.down_proj.dtype):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    return _run(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def _run(experts: Any, tokens: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     arguments = _arguments(experts)
-    if hidden_states.shape[0] <= MOST_ROWS and not torch.is_grad_enabled():
-        out, *_ = experts_step(hidden_states, indices=top_k_index, weights=top_k_weights, **arguments)
-        return out.to(hidden_states.dtype)
-    return routed_experts(hidden_states, top_k_index, top_k_weights, **arguments)
+    if tokens.shape[0] <= MOST_ROWS and not torch.is_grad_enabled():
+        out, *_ = experts_step(tokens, indices=indices, weights=weights, **arguments)
+        return out.to(tokens.dtype)
+    return routed_experts(tokens, indices, weights, **arguments)
 
 
 ALL_EXPERTS_FUNCTIONS.register(FUSED, fused_experts_forward)
@@ -110,18 +119,21 @@ def _is_unhooked(module: nn.Module) -> bool:
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
+        and not module._backward_pre_hooks
     )
 
 
 def _is_plain_router(router: Any, tokens: Tensor) -> bool:
     """Whether the router is no more than `route` is, and its weights lie whole beside the tokens."""
+    if type(router) is not TopKRouter:
+        return False
+    weight = router.weight
     return (
-        type(router) is TopKRouter
-        and router.selection_bias is None
+        router.selection_bias is None
         and router.num_groups == 1
-        and type(router.weight) is nn.Parameter
-        and router.weight.dtype == torch.float32
-        and router.weight.device == tokens.device
+        and type(weight) is nn.Parameter
+        and weight.dtype == torch.float32
+        and weight.device == tokens.device
         and tokens.dtype != torch.float64
         and _is_unhooked(router)
         and select("route", tokens.device) == "triton"
@@ -143,6 +155,17 @@ def fused_router(router: Any, tokens: Tensor, noisy: bool) -> tuple[Tensor, Tens
     )
 
 
+def fused_experts(experts: Any, tokens: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
+    """What `experts(tokens, indices, weights)` returns, on the short way; None where the module has to be called.
+
+    The first product waits for what the host does before it, and the way through the module and transformers' interface takes
+    as long as three launches.
+    """
+    if tokens.shape[0] == 0 or torch.compiler.is_compiling() or not _are_plain_experts(experts, tokens):
+        return None
+    return _run(experts, tokens, indices, weights)
+
+
 def fused_step(router: Any, experts: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """A decoding step of N ≤ 4 tokens in three launches; None where the modules have to be called.
 
@@ -160,11 +183,12 @@ def fused_step(router: Any, experts: Any, tokens: Tensor) -> tuple[Tensor, Tenso
 
 def _are_plain_experts(experts: Any, tokens: Tensor) -> bool:
     """Whether the experts are no more than `experts_step` is, and lie whole beside the tokens."""
+    down = experts.down_proj
     return (
         _is_unhooked(experts)
-        and type(experts.down_proj) is nn.Parameter
+        and type(down) is nn.Parameter
         and not torch.is_autocast_enabled(tokens.device.type)
-        and kernels_fit(experts, tokens, experts.down_proj.dtype)
+        and kernels_fit(experts, tokens, down.dtype)
     )
 
 

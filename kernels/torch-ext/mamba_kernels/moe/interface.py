@@ -28,7 +28,8 @@ def _check_floats(op: str, first: str, **values: Tensor | None) -> None:
 
 
 @once_per_signature
-def _check_route(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, scoring: str) -> None:
+def _check_route(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, scoring: str) -> bool:
+    """Whether the kernel takes them, where there is one; raises if nothing does."""
     op = "route"
     _check_floats(op, "x", x=x, weight=weight, bias=bias)
     check_shape(op, "x", x, (None, None), "(N, d)")
@@ -39,6 +40,12 @@ def _check_route(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, sco
         raise ValueError(f"{op}: `top_k` must be from 1 to the {weight.shape[0]} experts, got {top_k}.")
     if scoring not in ("softmax", "sigmoid"):
         raise ValueError(f"{op}: `scoring` must be 'softmax' or 'sigmoid', got {scoring!r}.")
+    return weight.shape[0] <= MOST_EXPERTS and _are_for_kernels(x, weight, bias)
+
+
+def _are_for_kernels(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether `left_to_eager` leaves them to the kernels and has nothing to say."""
+    return x.numel() > 0 and all(value is None or value.dtype != torch.float64 for value in (x, *others))
 
 
 def route(
@@ -76,9 +83,9 @@ def route(
         >>> indices[:, 0]
         tensor([0, 1, 2])
     """
-    _check_route(x, weight, bias, top_k, scoring)
+    takes = _check_route(x, weight, bias, top_k, scoring)
     name = select("route", x.device)
-    if name == "triton" and weight.shape[0] <= MOST_EXPERTS and not left_to_eager(x, weight, bias):
+    if name == "triton" and (takes or (weight.shape[0] <= MOST_EXPERTS and not left_to_eager(x, weight, bias))):
         from .triton_router import route_triton as run
     else:
         run = route_ref if name == "reference" else route_eager
@@ -98,7 +105,8 @@ def _check_experts(
     down_bias: Tensor | None,
     activation: str,
     gated: bool,
-) -> None:
+) -> bool:
+    """Whether the kernels of `routed_experts` take them, where there are any; raises if nothing does."""
     _check_floats(op, "x", x=x, weights=weights, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
     check_shape(op, "x", x, (None, None), "(N, d)")
     tokens, channels = x.shape
@@ -121,6 +129,8 @@ def _check_experts(
         check_shape(op, "down_bias", down_bias, (experts, channels), "(E, d)")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: `activation` must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+    fits = indices is not None and indices.shape[1] > 0 and grouped_mm_fits(up, down)
+    return fits and _are_for_kernels(x, weights, up, up_bias, down_bias)
 
 
 def routed_experts(
@@ -162,10 +172,10 @@ def routed_experts(
         >>> y.shape
         torch.Size([5, 8])
     """
-    _check_experts("routed_experts", x, indices, weights, up, down, up_bias, down_bias, activation, gated)
+    takes = _check_experts("routed_experts", x, indices, weights, up, down, up_bias, down_bias, activation, gated)
     name = select("routed_experts", x.device)
-    fits = name == "triton" and indices.shape[1] > 0 and grouped_mm_fits(up, down)
-    if fits and not left_to_eager(x, weights, up, up_bias, down_bias):
+    fits = name == "triton" and (takes or (indices.shape[1] > 0 and grouped_mm_fits(up, down)))
+    if fits and (takes or not left_to_eager(x, weights, up, up_bias, down_bias)):
         from .triton_experts import routed_experts_triton as run
     else:
         run = routed_experts_ref if name == "reference" else routed_experts_eager

@@ -98,7 +98,7 @@ def _launch(
 ) -> Tensor:
     rows, width = h.shape
     inner = width // 2 if gated else width
-    result = torch.empty_like(h) if gradient is not None else torch.empty(rows, inner, dtype=h.dtype, device=h.device)
+    result = torch.empty_like(h) if gradient is not None else h.new_empty((rows, inner))
     columns = min(COLUMNS, power_of_2(inner))
     launch(
         _activate_kernel,
@@ -152,7 +152,7 @@ def _sum_of_groups_kernel(rows, ends, sums, C: tl.constexpr, BR: tl.constexpr, B
 def sum_of_groups(rows: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """The sums (E, C) of each expert's rows (S, C): the gradient of a bias. The order of addition is fixed."""
     experts, columns = plan.ends.numel(), rows.shape[1]
-    sums = torch.empty(experts, columns, dtype=dtype, device=rows.device)
+    sums = rows.new_empty((experts, columns), dtype=dtype)
     block = min(64, power_of_2(columns))
     launch(
         _sum_of_groups_kernel,

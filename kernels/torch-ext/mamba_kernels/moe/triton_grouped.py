@@ -163,8 +163,8 @@ def grouped_rows(
     experts, width, channels = matrix.shape
     inner = width // 2 if gated else width
     rows, columns, depth, warps, stages = SMALL[matrix.element_size()] if tuning is None else tuning
-    h = torch.empty(slots, width, dtype=matrix.dtype, device=x.device) if keep else None
-    a = torch.empty(slots, inner, dtype=matrix.dtype, device=x.device)
+    h = x.new_empty((slots, width)) if keep else None
+    a = x.new_empty((slots, inner))
     tiles = ceil_div(slots, rows) + experts
     launch(
         _grouped_kernel,

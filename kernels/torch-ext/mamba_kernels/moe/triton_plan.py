@@ -97,22 +97,24 @@ def _place_kernel(
 
 def make_plan(indices: Tensor, num_experts: int) -> Plan:
     """The plan for the experts `indices` (N, k) of each token."""
-    flat = indices.reshape(-1)
+    flat = indices.contiguous().view(-1)
     slots = flat.numel()
     width = power_of_2(num_experts + 1)
     per_program = max(16, min(512, TILE // width))
     blocks = ceil_div(slots, per_program)
-    counts = torch.empty(blocks, width, dtype=torch.int32, device=flat.device)
-    places = torch.empty(2, slots, dtype=torch.int32, device=flat.device)
-    ends = torch.empty(num_experts, dtype=torch.int32, device=flat.device)
+    # the cheapest ways to allocate: the host is awaited here
+    row_of_slot = torch.empty_like(flat, dtype=torch.int32)
+    slot_of_row = torch.empty_like(row_of_slot)
+    counts = row_of_slot.new_empty((blocks, width))
+    ends = row_of_slot.new_empty((num_experts,))
     launch(_count_kernel, (blocks,), flat, counts, slots, E=num_experts, BE=width, BS=per_program)
     launch(
         _place_kernel,
         (blocks,),
         flat,
         counts,
-        places[0],
-        places[1],
+        row_of_slot,
+        slot_of_row,
         ends,
         slots,
         blocks,
@@ -122,7 +124,7 @@ def make_plan(indices: Tensor, num_experts: int) -> Plan:
         BB=max(1, min(128, TILE // width)),
         num_warps=8,
     )
-    return Plan(places[0], places[1], ends, flat)
+    return Plan(row_of_slot, slot_of_row, ends, flat)
 
 
 @triton.jit
@@ -144,7 +146,7 @@ def gather(x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """Tokens x (N, D) as rows (S, D) of `dtype`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     slots, channels = plan.slot_of_row.numel(), x.shape[1]
-    rows = torch.empty(slots, channels, dtype=dtype, device=x.device)
+    rows = x.new_empty((slots, channels), dtype=dtype)
     launch(
         _gather_kernel,
         (ceil_div(slots, MOVED),),
@@ -213,7 +215,7 @@ def combine(
 ) -> Tensor:
     """The sum (N, D) of each token's rows (S, D), times `weights` (N, k), after `bias` (E, D) is added to them."""
     slots, channels = rows.shape
-    out = torch.empty(tokens, channels, dtype=dtype, device=rows.device)
+    out = rows.new_empty((tokens, channels), dtype=dtype)
     launch(
         _combine_kernel,
         (ceil_div(tokens, MOVED),),
@@ -284,7 +286,7 @@ def spread(
     gradient = gradient if gradient.stride(1) == 1 else gradient.contiguous()
     slots, channels = rows.shape
     result = torch.empty_like(rows)
-    weight_gradient = torch.empty(weights.shape, dtype=torch.float32, device=rows.device)
+    weight_gradient = torch.empty_like(weights, dtype=torch.float32)
     launch(
         _spread_kernel,
         (ceil_div(slots, MOVED),),

@@ -155,9 +155,10 @@ def run_forward(
     """Logits, weights and indices."""
     x = x if x.stride(1) == 1 else x.contiguous()
     (tokens, channels), experts = x.shape, weight.shape[0]
-    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
+    weight = weight.float().contiguous()
+    logits = weight.new_empty((tokens, experts))
+    weights = weight.new_empty((tokens, top_k))
+    indices = torch.empty_like(weights, dtype=torch.int64)
     width = max(16, power_of_2(experts))
     split = x.dtype == torch.bfloat16
     per_program = TOKENS if split else 16
@@ -165,7 +166,7 @@ def run_forward(
         _route_kernel,
         (ceil_div(tokens, per_program),),
         x,
-        weight.float().contiguous(),
+        weight,
         x if bias is None else bias.float(),
         logits,
         weights,
