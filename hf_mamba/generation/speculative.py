@@ -16,7 +16,6 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,8 +210,11 @@ class Speculation:
             # a locked step is decoding for another thread
             return (step if step is not None and step.lock.acquire(blocking=False) else None), prompt
 
-    def _step(self, steps: OrderedDict, key: Hashable, cache: RecurrentCache, prompt: Any) -> SpeculativeStep:
+    def _step(self, steps: OrderedDict, key: tuple, cache: RecurrentCache, prompt: Any) -> SpeculativeStep:
         """The step of this key; captured the first time."""
+        # with an assistant that has gone or changed since
+        for old in [old for old in steps if any(isinstance(p, weakref.ref) and p() is None for p in old[0])]:
+            del steps[old]
         step = steps.pop(key, None)
         if step is None:
             capacity = key[1]

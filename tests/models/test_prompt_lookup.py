@@ -90,9 +90,7 @@ def test_bad_drafts_are_given_up(device: torch.device, monkeypatch: pytest.Monke
         return drafted[-1]
 
     monkeypatch.setattr(speculative._Pace, "next", watched)
-    monkeypatch.setattr(
-        drafting.LookupDrafter, "draft", lambda drafter: drafter.text.ids[0, 1:].zero_()
-    )
+    monkeypatch.setattr(drafting.LookupDrafter, "draft", lambda drafter: drafter.text.ids[0, 1:].zero_())
     model = make_talker("mamba").to(device)
     looking_up(model, random_ids(1, 9).to(device), max_new_tokens=200)
     assert drafted.count(True) < 40 and drafted.count(False) > 120
