@@ -17,7 +17,7 @@ from ..cache_names import CACHE_NAMES
 from ..models.inputs import select_cache
 from .graph_loop import plan
 from .prompt import Prompt, unseen_length
-from .speculative import plan_lookup
+from .speculative import plan_speculation
 
 __all__ = ["RecurrentGenerationMixin"]
 
@@ -293,7 +293,7 @@ class RecurrentGenerationMixin(GenerationMixin):
             self._feed_all_but_last(
                 input_ids, generation_config, {k: v for k, v in kwargs.items() if k not in options}
             )
-        loop = plan_lookup(self, input_ids, cache, kwargs)
+        loop = plan_speculation(self, input_ids, cache, kwargs)
         if loop is not None:
             kept = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
             result = loop.run(input_ids, cache, kept)

@@ -1,14 +1,14 @@
-"""Prompt lookup as a replayed CUDA graph: drafting, verifying and accepting several tokens are one launch for the host.
+"""Prompt lookup and assisted decoding as a replayed CUDA graph: drafting, verifying and accepting several tokens are one launch
+for the host.
 
-A step feeds the last token and a draft of those after it, takes the model's own choice after each, and accepts the draft as far
-as it agrees. The states of every layer after each token are kept (`RecurrentCache.for_verifying`), and the next step starts at
-those of the last token accepted, so nothing is ever copied back or fed again. The draft is what followed the same last tokens
-before; where that reaches the end of the text, it goes on periodically. Which draft it is makes no difference to the tokens.
+A step drafts what may come after the last token (drafting.py), feeds both, takes the model's own choice after each, and accepts
+the draft as far as it agrees. The states of every layer after each token are kept (`RecurrentCache.for_verifying`), and the next
+step starts at those of the last token accepted, so nothing is ever copied back or fed again.
 
 A step of several tokens takes longer than one of a single token. Where drafts are refused, the host therefore goes over to plain
 steps for a while, on states of their own; two small graphs carry the states from one to the other.
 
-Symbols: T tokens of a step (a draft of T - 1), S places for the text, G longest match, V vocabulary.
+Symbols: T tokens of a step (a draft of T - 1), S places for the text, V vocabulary.
 """
 
 import inspect
@@ -27,29 +27,30 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput,
 from ..cache import ONE_NAME, RecurrentCache
 from ..layers.fused_step import MOST_DRAFTED
 from . import graph_loop, graphs
+from .drafting import Assistant, Lookup, Text, enough
 
-__all__ = ["PromptLookup", "plan_lookup"]
+__all__ = ["Speculation", "plan_speculation"]
 
 # steps that may be in flight before the host looks at the results of the oldest
 RUN_AHEAD = 2
-# drafted steps after which drafts are judged, and how many of their tokens must have been accepted to go on
+# drafted steps after which drafts are judged, and how many of their tokens must at least have been accepted to go on
 JUDGED, ENOUGH = 4, 4
 # plain steps before drafts are tried again: twice as many each time they are refused
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 256
 # steps that are kept for a model
 MAX_STEPS = 2
-# of the arguments of _assisted_decoding, those that mean another kind of draft
-OTHER_DRAFTS = ("assistant_model", "assistant_tokenizer")
+# options of other kinds of draft, or of another choice among the drafted tokens
+OTHER_DRAFTS = ("assistant_early_exit", "assistant_ensemble_weight", "speculation_type", "use_mtp")
 
 
-class LookupStep:
-    """One step as a graph: `text` grows by the accepted tokens, `ids` gets the next draft.
+class SpeculativeStep:
+    """One step as a graph: `text` grows by the accepted tokens.
 
     Args:
         model: the language model.
         cache: states of the right shapes.
-        tokens: T.
-        longest: G, the most tokens that are compared to find a draft.
+        source: of the drafts.
+        prompt: what `source` knows of the prompt.
         capacity: S.
 
     Attributes:
@@ -58,28 +59,23 @@ class LookupStep:
         to_plain, to_drafted: those that carry the states over.
     """
 
-    def __init__(self, model: Any, cache: RecurrentCache, tokens: int, longest: int, capacity: int):
+    def __init__(self, model: Any, cache: RecurrentCache, source: Lookup | Assistant, prompt: Any, capacity: int):
         self.model = weakref.ref(model)
-        device = model.device
-        self.tokens, self.longest, self.capacity = tokens, longest, capacity
+        device, tokens = model.device, source.tokens
+        self.tokens = tokens
         self.cache, self.single = cache.for_verifying(tokens), cache.empty()
         self.single.copy_from(cache)
         self.accepted = self.cache.drafts()[0].accepted
-        self.ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-        # in front of the text stand places that match no token
-        self.padded = torch.full((longest + capacity,), -1, dtype=torch.int64, device=device)
-        self.text = self.padded[longest:]
-        self.length = torch.ones(1, dtype=torch.int64, device=device)
+        self.text = Text(tokens, capacity, source.longest, device)
+        self.drafter = source.drafter(model, self.text, prompt)
         self.report = torch.zeros(tokens + 1, dtype=torch.int64, device=device)
-        self.offsets = torch.arange(tokens, device=device)
-        self.places = torch.arange(capacity, device=device)
         self.lock = threading.Lock()
         pinned = device.type == "cuda"
         self.slots = [
             (torch.zeros(tokens + 1, dtype=torch.int64, pin_memory=pinned), torch.cuda.Event() if pinned else None)
             for _ in range(RUN_AHEAD + 1)
         ]
-        with model._optimize_model_for_decode():
+        with model._optimize_model_for_decode(), self.drafter.decoding():
             self.drafted = graphs.capture(self._drafted_step, device)
             self.plain = graphs.capture(self._plain_step, device)
         self.to_plain = graphs.capture(self._to_plain, device)
@@ -91,16 +87,22 @@ class LookupStep:
         model = self.model()
         vocab_size = 0 if model is None else model.config.vocab_size
         drafts = sum(drafts.nbytes for drafts in self.cache.drafts())
-        return drafts + self.single.nbytes + 4 * self.tokens * vocab_size
+        return drafts + self.single.nbytes + self.drafter.nbytes + 4 * self.tokens * vocab_size
 
-    def begin(self, input_ids: Tensor, cache: RecurrentCache) -> None:
-        """Start with a prompt (1, L) of which `cache` has seen all but the last token."""
-        length = input_ids.shape[1]
-        self.text.fill_(-1)
-        self.text[:length] = input_ids[0]
-        self.length.fill_(length)
+    def begin(self, input_ids: Tensor, cache: RecurrentCache, prompt: Any = None) -> None:
+        """Start with a prompt (1, L) of which `cache` has seen all but the last token, and `prompt` is what the source knows."""
+        self.text.begin(input_ids)
         self.cache.take_for_verifying(cache)
-        self._draft()
+        self.drafter.begin(prompt)
+
+    def catch_up(self, tokens: int) -> None:
+        """Go over to drafts after `tokens` plain steps."""
+        self.drafter.catch_up(tokens)
+        self.to_drafted.replay()
+
+    def enough(self) -> int:
+        """How many tokens of `JUDGED` drafts have to be accepted for drafts to pay."""
+        return enough(self.drafter.cost, self.tokens, JUDGED, ENOUGH)
 
     def _choices(self, ids: Tensor, cache: RecurrentCache) -> Tensor:
         model = self.model()
@@ -108,28 +110,23 @@ class LookupStep:
         return model(input_ids=ids, cache=cache, return_dict=True).logits[0].argmax(dim=-1)
 
     def _drafted_step(self) -> None:
-        chosen = self._choices(self.ids, self.cache)
-        agrees = (chosen[:-1] == self.ids[0, 1:]).long()
+        self.drafter.draft()
+        chosen = self._choices(self.text.ids, self.cache)
+        agrees = (chosen[:-1] == self.text.ids[0, 1:]).long()
         count = agrees.cumprod(dim=0).sum(dim=0, keepdim=True)
         self.accepted.copy_(count)
-        # those after the accepted ones are overwritten before anybody looks
-        self.text.index_copy_(0, self.length + self.offsets, chosen)
-        self._grow(count + 1)
+        self.text.append(chosen, count + 1)
+        self.text.ids[0, :1].copy_(chosen.index_select(0, count))
+        self.drafter.accept(count)
         self.report[:1].copy_(count)
         self.report[1:].copy_(chosen)
-        self._draft()
 
     def _plain_step(self) -> None:
-        chosen = self._choices(self.ids[:, :1], self.single)
-        self.text.index_copy_(0, self.length, chosen)
-        self._grow(1)
-        self.ids[0, :1].copy_(chosen)
+        chosen = self._choices(self.text.ids[:, :1], self.single)
+        self.text.append(chosen, 1)
+        self.text.ids[0, :1].copy_(chosen)
         self.report[:1].zero_()
         self.report[1:2].copy_(chosen)
-
-    def _grow(self, count: Tensor | int) -> None:
-        # steps that run ahead of the host's notice to stop must not leave the buffer
-        torch.clamp(self.length + count, max=self.capacity - self.tokens, out=self.length)
 
     def _to_plain(self) -> None:
         for drafts, (conv_state, ssm_state) in zip(self.cache.drafts(), self.single.states(), strict=True):
@@ -139,25 +136,6 @@ class LookupStep:
 
     def _to_drafted(self) -> None:
         self.cache.take_for_verifying(self.single)
-        self._draft()
-
-    def _draft(self) -> None:
-        """What followed the last tokens where they stood before: of the longest matches the latest."""
-        end = self.length - 1
-        last = self.text.index_select(0, end)
-        matches = torch.ones_like(self.places, dtype=torch.bool)
-        score = torch.zeros_like(self.places)
-        for back in range(self.longest):
-            wanted = self.padded.index_select(0, end + (self.longest - back))
-            matches = matches & (self.padded[self.longest - back : self.longest - back + self.capacity] == wanted)
-            score = score + matches
-        ranked = torch.where(self.places < end, score * self.capacity + self.places, -1)
-        place = ranked.argmax(dim=0, keepdim=True)
-        period = (end - place).clamp(min=1)
-        drafted = self.text.index_select(0, place + 1 + self.offsets[:-1] % period)
-        self.ids[0, :1].copy_(last)
-        # with no text before the last token there is nothing to find
-        self.ids[0, 1:].copy_(torch.where(drafted < 0, last, drafted))
 
 
 # they are dropped together with the other graphs of a model, when something in it changes
@@ -165,10 +143,16 @@ _steps: "weakref.WeakKeyDictionary[graphs.Graphs, OrderedDict]" = weakref.WeakKe
 
 
 @dataclass
-class PromptLookup:
-    """What is known of a call of `generate(prompt_lookup_num_tokens=…)` before its prompt is read."""
+class Speculation:
+    """What is known of a call of `generate(prompt_lookup_num_tokens=…)` or `generate(assistant_model=…)`.
+
+    Attributes:
+        source: of the drafts.
+        max_length: tokens at which to stop, prompt included.
+    """
 
     model: Any
+    source: Lookup | Assistant
     generation_config: Any
     eos_token_ids: list[int]
     max_length: int
@@ -190,11 +174,11 @@ class PromptLookup:
         if not fits or self.max_length - length < graph_loop.WORTH_CAPTURING:
             return None
         with torch.inference_mode(False), torch.no_grad():
-            step = self._prepare(cache)
+            step, prompt = self._prepare(input_ids, cache)
             if step is None:
                 return None
             try:
-                step.begin(input_ids, cache)
+                step.begin(input_ids, cache, prompt)
                 tokens, states, last = self._loop(step, self.max_length - length, 0 if kept else RUN_AHEAD)
                 if kept:
                     if states.verifying:
@@ -211,48 +195,53 @@ class PromptLookup:
             return sequences
         return GenerateDecoderOnlyOutput(sequences=sequences, **{"cache" if ONE_NAME else "past_key_values": cache})
 
-    def _prepare(self, cache: RecurrentCache) -> LookupStep | None:
-        """The step, locked for this call; None if it cannot be had."""
-        config = self.generation_config
-        tokens = min(config.prompt_lookup_num_tokens + 1, MOST_DRAFTED)
-        longest = config.max_matching_ngram_size or 2
+    def _prepare(self, input_ids: Tensor, cache: RecurrentCache) -> tuple[SpeculativeStep | None, Any]:
+        """The step, locked for this call, and what the source knows of the prompt; None if it cannot be had."""
+        tokens = self.source.tokens
         capacity = max(graph_loop.SMALLEST_CAPACITY, 1 << (self.max_length + 2 * tokens - 1).bit_length())
-        key = ("prompt lookup", tokens, longest, capacity, graphs.step_key(cache))
         with graphs.CAPTURING:
-            store = graphs.graphs_of(self.model)
-            if store is None:
-                return None
+            store, source_key = graphs.graphs_of(self.model), self.source.key()
+            key = (source_key, capacity, graphs.step_key(cache))
+            if store is None or source_key is None or key in store.refused:
+                return None, None
+            prompt = self.source.read(input_ids)
             steps = _steps.setdefault(store, OrderedDict())
-
-            def make() -> LookupStep:
-                step = steps.pop(key, None)
-                if step is None:
-                    budget = graphs.MEMORY_SHARE * graphs.device_memory(self.model.device) - tokens * cache.nbytes
-                    while steps and (len(steps) >= MAX_STEPS or sum(s.nbytes for s in steps.values()) > budget):
-                        steps.popitem(last=False)
-                    step = LookupStep(self.model, cache, tokens, longest, capacity)
-                steps[key] = step
-                return step
-
-            step = graph_loop._attempt(store, key, make, "a step of prompt lookup")
+            step = graph_loop._attempt(store, key, lambda: self._step(steps, key, cache, prompt), self.source.name)
             # a locked step is decoding for another thread
-            return step if step is not None and step.lock.acquire(blocking=False) else None
+            return (step if step is not None and step.lock.acquire(blocking=False) else None), prompt
 
-    def _loop(self, step: LookupStep, most: int, run_ahead: int) -> tuple[list[int], RecurrentCache, int]:
+    def _step(self, steps: OrderedDict, key: tuple, cache: RecurrentCache, prompt: Any) -> SpeculativeStep:
+        """The step of this key; captured the first time."""
+        # with an assistant that has gone or changed since
+        for old in [old for old in steps if any(isinstance(p, weakref.ref) and p() is None for p in old[0])]:
+            del steps[old]
+        step = steps.pop(key, None)
+        if step is None:
+            capacity = key[1]
+            drafted = cache.nbytes + (0 if prompt is None else prompt.nbytes)
+            budget = graphs.MEMORY_SHARE * graphs.device_memory(self.model.device) - self.source.tokens * drafted
+            while steps and (len(steps) >= MAX_STEPS or sum(s.nbytes for s in steps.values()) > budget):
+                steps.popitem(last=False)
+            step = SpeculativeStep(self.model, cache, self.source, prompt, capacity)
+        steps[key] = step
+        return step
+
+    def _loop(self, step: SpeculativeStep, most: int, run_ahead: int) -> tuple[list[int], RecurrentCache, int]:
         """The new tokens, and where the states before the last one are: in which cache, after which of the tokens fed last."""
         tokens: list[int] = []
         free = list(step.slots[: run_ahead + 1])
         pending: deque = deque()
-        pace = _Pace()
+        pace = _Pace(step.enough())
         while True:
             drafting = pace.next(step)
             (step.drafted if drafting else step.plain).replay()
             report, event = free.pop()
             report.copy_(step.report, non_blocking=True)
             if event is not None:
-                event.record(torch.cuda.current_stream(step.ids.device))
+                event.record(torch.cuda.current_stream(step.text.ids.device))
             pending.append((report, event, drafting))
-            while len(pending) > run_ahead or (pending and (event is None or pending[0][1].query())):
+            ahead = 0 if drafting and self.source.waits else run_ahead
+            while len(pending) > ahead or (pending and (event is None or pending[0][1].query())):
                 report, done, drafted = pending.popleft()
                 if done is not None:
                     done.synchronize()
@@ -273,24 +262,30 @@ class PromptLookup:
 
 @dataclass
 class _Pace:
-    """Whether the next step drafts: not for a while after drafts were refused."""
+    """Whether the next step drafts: not for a while after drafts were refused.
 
+    Attributes:
+        enough: tokens of `JUDGED` drafts that must have been accepted to go on.
+    """
+
+    enough: int
     drafting: bool = True
     accepted: int = 0
     judged: int = 0
     pause: int = field(default_factory=lambda: SHORTEST_PAUSE)
     left: int = 0
+    plain: int = 0
 
     def judge(self, accepted: int) -> None:
         """Take note of how many tokens of a draft were accepted."""
         self.accepted += accepted
         self.judged += 1
 
-    def next(self, step: LookupStep) -> bool:
+    def next(self, step: SpeculativeStep) -> bool:
         """Whether to draft now; the states are where they have to be for it."""
         if self.drafting and self.judged >= JUDGED:
-            if self.accepted < ENOUGH:
-                self.left, self.drafting = self.pause, False
+            if self.accepted < self.enough:
+                self.left, self.drafting, self.plain = self.pause, False, 0
                 self.pause = min(2 * self.pause, LONGEST_PAUSE)
                 step.to_plain.replay()
             else:
@@ -300,12 +295,13 @@ class _Pace:
             # what came back since was drafted before the pause
             self.accepted = self.judged = 0
             self.drafting = True
-            step.to_drafted.replay()
+            step.catch_up(self.plain)
         self.left -= 1
+        self.plain += 1
         return self.drafting
 
 
-def plan_lookup(model: Any, input_ids: Tensor, cache: Any, options: dict[str, Any]) -> PromptLookup | None:
+def plan_speculation(model: Any, input_ids: Tensor, cache: Any, options: dict[str, Any]) -> Speculation | None:
     """How to decode by graphs, or None where transformers' own loop has to do it.
 
     Args:
@@ -315,13 +311,11 @@ def plan_lookup(model: Any, input_ids: Tensor, cache: Any, options: dict[str, An
         options: the keyword arguments of `_assisted_decoding`, those of the model among them.
     """
     config = options["generation_config"]
-    if config.prompt_lookup_num_tokens is None or config.prompt_lookup_num_tokens < 1 or config.do_sample:
+    if config.do_sample or any(getattr(config, name, None) for name in OTHER_DRAFTS):
         return None
     if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or config.disable_compile:
         return None
     if not graph_loop.runs_graphs(model.device) or options.get("synced_gpus") or config.is_assistant:
-        return None
-    if any(options.get(name) is not None for name in OTHER_DRAFTS) or getattr(config, "assistant_early_exit", None):
         return None
     if config.output_attentions or config.output_hidden_states:
         return None
@@ -345,12 +339,34 @@ def plan_lookup(model: Any, input_ids: Tensor, cache: Any, options: dict[str, An
             eos_token_ids += criterion.eos_token_id.tolist()
         else:
             return None
-    if max_length is None:
+    source = _source_of_drafts(model, config, options, arguments)
+    if max_length is None or source is None:
         return None
-    return PromptLookup(
+    return Speculation(
         model=model,
+        source=source,
         generation_config=config,
         eos_token_ids=eos_token_ids,
         max_length=max_length,
         streamer=options.get("streamer"),
     )
+
+
+def _source_of_drafts(
+    model: Any, config: Any, options: dict[str, Any], model_kwargs: dict[str, Any]
+) -> Lookup | Assistant | None:
+    """Where the drafts of a call come from, or None where no graph can make them."""
+    assistant, looked_up = options.get("assistant_model"), config.prompt_lookup_num_tokens
+    if options.get("assistant_tokenizer") is not None or (assistant is None) == (looked_up is None):
+        return None
+    if assistant is None:
+        return None if looked_up < 1 else Lookup(min(looked_up + 1, MOST_DRAFTED), config.max_matching_ngram_size or 2)
+    if not isinstance(assistant, GenerationMixin) or not graph_loop.takes_layouts(assistant):
+        return None
+    if assistant.device != model.device or assistant.config.vocab_size != model.config.vocab_size:
+        return None
+    # the assistant's own number is what transformers' loop looks at
+    drafted = assistant.generation_config.num_assistant_tokens or config.num_assistant_tokens
+    if not drafted or drafted < 1:
+        return None
+    return Assistant(assistant, min(drafted + 1, MOST_DRAFTED), config, model_kwargs)

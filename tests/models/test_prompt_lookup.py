@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, 
 from transformers.generation.streamers import BaseStreamer
 
 from hf_mamba import RecurrentCache
-from hf_mamba.generation import graphs, speculative
+from hf_mamba.generation import drafting, graphs, speculative
 
 from .builders import ALL_MODELS, random_ids
 from .on_graphs import DEVICES, Called, generate, graph_device
@@ -82,20 +82,18 @@ def test_between_drafts_and_plain_steps(
 
 
 def test_bad_drafts_are_given_up(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafting: list[bool] = []
+    drafted: list[bool] = []
     original = speculative._Pace.next
 
     def watched(pace: Any, step: Any) -> bool:
-        drafting.append(original(pace, step))
-        return drafting[-1]
+        drafted.append(original(pace, step))
+        return drafted[-1]
 
     monkeypatch.setattr(speculative._Pace, "next", watched)
-    monkeypatch.setattr(
-        speculative.LookupStep, "_draft", lambda step: step.ids[0, :1].copy_(step.text[step.length - 1])
-    )
+    monkeypatch.setattr(drafting.LookupDrafter, "draft", lambda drafter: drafter.text.ids[0, 1:].zero_())
     model = make_talker("mamba").to(device)
     looking_up(model, random_ids(1, 9).to(device), max_new_tokens=200)
-    assert drafting.count(True) < 40 and drafting.count(False) > 120
+    assert drafted.count(True) < 40 and drafted.count(False) > 120
 
 
 @ALL_MODELS
@@ -160,7 +158,7 @@ def test_ids_that_are_not_in_the_vocabulary_are_never_drafted(device: torch.devi
     step = next(iter(speculative._steps[graphs.graphs_of(model)].values()))
     for ids in (torch.arange(3, 9)[None], torch.full((1, 5), 4), torch.tensor([[5, 6]])):
         looking_up(model, ids.to(device))
-        assert 0 <= int(step.ids.min()) and int(step.ids.max()) < model.config.vocab_size
+        assert 0 <= int(step.text.ids.min()) and int(step.text.ids.max()) < model.config.vocab_size
 
 
 def test_the_draft_is_what_followed_the_same_tokens(device: torch.device) -> None:
@@ -174,7 +172,8 @@ def test_the_draft_is_what_followed_the_same_tokens(device: torch.device) -> Non
         with torch.no_grad():
             model(ids[:, :-1], cache=cache)
             step.begin(ids, cache)
-        return step.ids[0].tolist()
+            step.drafter.draft()
+        return step.text.ids[0].tolist()
 
     # the longer match before the later one
     assert draft(5, 6, 7, 8, 9, 6, 10, 5, 6) == [6, 7, 8, 9]
