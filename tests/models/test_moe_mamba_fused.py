@@ -3,6 +3,7 @@
 The layer's own tests run again with the kernels under Triton's interpreter; tests marked `gpu` run the compiled ones.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import mamba_kernels
 from hf_mamba import MoeMambaForCausalLM
+from hf_mamba.models.moe_mamba import experts as experts_module
 from hf_mamba.models.moe_mamba import fused
-from hf_mamba.models.moe_mamba.fused import FUSED, fused_router, fused_step, kernels_fit
+from hf_mamba.models.moe_mamba.fused import FUSED, fused_experts, fused_router, fused_step, kernels_fit
 
 from .builders import make_model, random_ids
 from .test_moe_mamba_layer import LAYERS, compare_with_oracle, make_layer
@@ -88,6 +90,43 @@ def test_what_the_fused_router_and_step_leave_to_the_modules() -> None:
     with mamba_kernels.backend("triton"):
         # with gradients
         assert fused_step(layer.router, layer.experts, x) is None
+
+
+def test_the_short_way_to_the_experts_and_what_it_leaves_to_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(FUSED, torch.float32)
+    x, indices, weights = torch.randn(7, 8), torch.zeros(7, 1, dtype=torch.long), torch.ones(7, 1)
+    experts, calls = layer.experts, []
+    monkeypatch.setattr(fused, "routed_experts", lambda x, *_, **options: (calls.append(options), x)[1])
+    # without a GPU the module is called
+    assert fused_experts(experts, x, indices, weights) is None
+    with mamba_kernels.backend("triton"):
+        assert fused_experts(experts, x, indices, weights) is x
+        assert calls[0]["down"] is experts.down_proj
+        assert fused_experts(experts, x[:0], indices[:0], weights[:0]) is None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert fused_experts(experts, x, indices, weights) is None
+        for register in (
+            experts.register_forward_hook,
+            experts.register_forward_pre_hook,
+            experts.register_full_backward_hook,
+            experts.register_full_backward_pre_hook,
+        ):
+            handle = register(lambda *_: None)
+            assert fused_experts(experts, x, indices, weights) is None
+            handle.remove()
+        assert fused_experts(experts, x, indices, weights) is x
+        experts.is_transposed = True
+        assert fused_experts(experts, x, indices, weights) is None
+
+
+def test_experts_with_a_configuration_of_their_own_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(FUSED, torch.float32).eval()
+    x = torch.randn(1, 7, 8)
+    monkeypatch.setattr(experts_module, "fused_experts", lambda *_: torch.zeros(7, 8))
+    assert not layer(x)[0].any()
+    layer.experts.config = copy.deepcopy(layer.config)
+    layer.experts.config._experts_implementation = "eager"
+    assert layer(x)[0].any()
 
 
 def test_layer_under_the_interpreter() -> None:

@@ -116,7 +116,8 @@ def select(op: str, device: torch.device) -> str:
         if _forced == "triton" and not OPS[op]:
             raise RuntimeError(f"{op} has no Triton implementation; use backend('eager') or unset HF_MAMBA_BACKEND.")
         return _forced
-    if OPS[op] and device.type in ("cuda", "xpu") and _triton_works(device.type, device.index):
+    kind = device.type
+    if OPS[op] and kind in ("cuda", "xpu") and _triton_works(kind, device.index):
         return "triton"
     return "eager"
 
@@ -130,9 +131,10 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     Models spread over several GPUs call ops on all of them without changing the current one.
     """
     # compiled code looks after this itself
-    if device.type not in ("cuda", "xpu") or torch.compiler.is_compiling():
+    kind = device.type
+    if kind not in ("cuda", "xpu") or torch.compiler.is_compiling():
         return _NO_CHANGE
-    module = torch.cuda if device.type == "cuda" else torch.xpu
+    module = torch.cuda if kind == "cuda" else torch.xpu
     return _NO_CHANGE if device.index == module.current_device() else module.device(device)
 
 

@@ -122,7 +122,7 @@ def _grouped_kernel(
 
 def large_tiles_fit(x: Tensor, slots: int, up: Tensor) -> bool:
     """Whether the first product is faster here than between a gather and an activation: in half precision, with many rows."""
-    if x.device.type != "cuda" or up.dtype not in (torch.bfloat16, torch.float16) or slots < FEWEST_ROWS:
+    if not x.is_cuda or up.dtype not in (torch.bfloat16, torch.float16) or slots < FEWEST_ROWS:
         return False
     return _shared_memory(x.device.index) >= MEMORY and up.shape[2] % 8 == 0 and up.is_contiguous()
 
@@ -134,7 +134,7 @@ def _shared_memory(index: int | None) -> int:
 
 def multiplies(x: Tensor, slots: int, matrix: Tensor) -> bool:
     """Whether torch's grouped product would wait for the host, and few enough rows are multiplied here instead."""
-    return x.device.type == "cuda" and matrix.dtype != torch.bfloat16 and slots <= MOST_CAPTURED
+    return x.is_cuda and matrix.dtype != torch.bfloat16 and slots <= MOST_CAPTURED
 
 
 def grouped_rows(
