@@ -6,7 +6,6 @@ graph. Which draft it is makes no difference to the tokens.
 Symbols: T tokens of a step (a draft of T - 1), S places for the text, G longest match.
 """
 
-import math
 import weakref
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -283,8 +282,3 @@ def _bytes_of_weights(model: nn.Module) -> int:
 
 def _number_of_layers(model: Any) -> int:
     return model.config.num_hidden_layers
-
-
-def enough(cost: float, tokens: int, judged: int, least: int) -> int:
-    """How many tokens of `judged` drafts have to be accepted for drafts to pay; drafts that are always right go on anyway."""
-    return max(least, min(judged * (tokens - 1), math.ceil(judged * cost)))

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MaxTimeCriteria, StoppingCriteriaList
 
 from hf_mamba import RecurrentCache
-from hf_mamba.generation import drafting, graphs, speculative
+from hf_mamba.generation import graphs, speculative
 
 from .builders import ALL_MODELS, random_ids
 from .on_graphs import DEVICES, Called, generate, graph_device, stock
@@ -154,9 +154,9 @@ def test_bad_drafts_are_given_up(device: torch.device, monkeypatch: pytest.Monke
 
 def test_what_drafts_have_to_pay() -> None:
     def pay(cost: float, tokens: int) -> int:
-        return drafting.enough(cost, tokens, judged=4, least=4)
+        return speculative._Pace(tokens, cost).enough
 
-    # text costs nothing; a quarter of the main model, 16 times, is four tokens a draft; and no more than there are
+    # of 4 drafts: text costs nothing; a quarter of the main model, 16 times, is four tokens a draft; and no more than there are
     assert pay(0.0, 16) == 4 and pay(4.0, 16) == 16 and pay(16.0, 16) == 60
 
 
