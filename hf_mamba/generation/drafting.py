@@ -212,8 +212,8 @@ class Lookup:
     longest: int
 
     name = "a step of prompt lookup"
-    # a draft costs next to nothing, so steps may be in flight before the host looks at the results of the oldest
-    waits = False
+    # drafted steps that may be in flight before the host looks at the results of the oldest
+    run_ahead = 2
 
     def key(self) -> Hashable | None:
         """What a graph depends on besides the main model; None if there can be none."""
@@ -245,8 +245,8 @@ class Assistant:
 
     name = "a step of assisted decoding"
     longest = 0
-    # a step too many at the end would take longer than the host does to launch the next one
-    waits = True
+    # enough to launch a step while the GPU works, and no more to be wasted after an end token
+    run_ahead = 1
 
     def key(self) -> Hashable | None:
         """What a graph depends on besides the main model; None if there can be none."""

@@ -223,6 +223,12 @@ class Speculation:
         steps[key] = step
         return step
 
+    def _steps_to_spare(self, step: SpeculativeStep, wanted: int, pending: int, drafting: bool) -> int:
+        """How many steps may be in flight when the next is launched: one too many at the end costs time, most with an assistant."""
+        if not drafting:
+            return RUN_AHEAD
+        return 0 if step.tokens * pending >= wanted else self.source.run_ahead
+
     def _loop(self, step: SpeculativeStep, most: int, run_ahead: int) -> tuple[list[int], RecurrentCache, int]:
         """The new tokens, and where the states before the last one are: in which cache, after which of the tokens fed last."""
         tokens: list[int] = []
@@ -237,8 +243,11 @@ class Speculation:
             if event is not None:
                 event.record(torch.cuda.current_stream(step.text.ids.device))
             pending.append((report, event, drafting))
-            ahead = 0 if drafting and self.source.waits else run_ahead
-            while len(pending) > ahead or (pending and (event is None or pending[0][1].query())):
+            while pending:
+                spare = min(run_ahead, self._steps_to_spare(step, most - len(tokens), len(pending), drafting))
+                oldest = pending[0][1]
+                if len(pending) <= spare and oldest is not None and not oldest.query():
+                    break
                 report, done, drafted = pending.popleft()
                 if done is not None:
                     done.synchronize()

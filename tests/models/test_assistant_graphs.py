@@ -336,6 +336,31 @@ def test_assistants_that_graphs_do_not_take(device: torch.device, reason: str) -
     assert torch.equal(result[0, 9:].cpu(), expected)
 
 
+def test_adapters_of_the_assistant(device: torch.device) -> None:
+    """They are called as modules, in graphs as well; whether they are switched on is seen."""
+    model, assistant = make_pair("mamba", device, tokens=3)
+    adapted = get_peft_model(assistant, LoraConfig(target_modules=["in_proj"], r=2, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.to(device).named_parameters():
+            if "lora" in name:
+                parameter.mul_(10.0)
+    ids = random_ids(1, 9).to(device)
+    expected = greedy_loop(make_talker("mamba"), ids[0].cpu(), STEPS)[0]
+
+    def replays() -> int:
+        before = Called.replays
+        result = assisted(model, adapted.get_base_model(), ids)
+        assert torch.equal(result[0, 9:].cpu(), expected)
+        return Called.replays - before
+
+    replays()
+    adapted_replays = replays()
+    with adapted.disable_adapter():
+        replays()
+        assert replays() == STEPS // 4 < adapted_replays
+    assert replays() > STEPS // 4
+
+
 def test_a_batch_is_refused_as_ever(device: torch.device) -> None:
     model, assistant = make_pair("mamba", device)
     with pytest.raises(ValueError, match="batch"):
