@@ -6,7 +6,6 @@ graph. Which draft it is makes no difference to the tokens.
 Symbols: T tokens of a step (a draft of T - 1), S places for the text, G longest match.
 """
 
-import math
 import weakref
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -213,8 +212,8 @@ class Lookup:
     longest: int
 
     name = "a step of prompt lookup"
-    # a draft costs next to nothing, so steps may be in flight before the host looks at the results of the oldest
-    waits = False
+    # drafted steps that may be in flight before the host looks at the results of the oldest
+    run_ahead = 2
 
     def key(self) -> Hashable | None:
         """What a graph depends on besides the main model; None if there can be none."""
@@ -246,8 +245,8 @@ class Assistant:
 
     name = "a step of assisted decoding"
     longest = 0
-    # a step too many at the end would take longer than the host does to launch the next one
-    waits = True
+    # enough to launch a step while the GPU works, and no more to be wasted after an end token
+    run_ahead = 1
 
     def key(self) -> Hashable | None:
         """What a graph depends on besides the main model; None if there can be none."""
@@ -283,8 +282,3 @@ def _bytes_of_weights(model: nn.Module) -> int:
 
 def _number_of_layers(model: Any) -> int:
     return model.config.num_hidden_layers
-
-
-def enough(cost: float, tokens: int, judged: int, least: int) -> int:
-    """How many tokens of `judged` drafts have to be accepted for drafts to pay; drafts that are always right go on anyway."""
-    return max(least, min(judged * (tokens - 1), math.ceil(judged * cost)))

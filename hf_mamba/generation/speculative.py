@@ -12,6 +12,7 @@ Symbols: T tokens of a step (a draft of T - 1), S places for the text, V vocabul
 """
 
 import inspect
+import math
 import os
 import threading
 import weakref
@@ -27,7 +28,7 @@ from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput,
 from ..cache import ONE_NAME, RecurrentCache
 from ..layers.fused_step import MOST_DRAFTED
 from . import graph_loop, graphs
-from .drafting import Assistant, Lookup, Text, enough
+from .drafting import Assistant, Lookup, Text
 
 __all__ = ["Speculation", "plan_speculation"]
 
@@ -35,7 +36,7 @@ __all__ = ["Speculation", "plan_speculation"]
 RUN_AHEAD = 2
 # drafted steps after which drafts are judged, and how many of their tokens must at least have been accepted to go on
 JUDGED, ENOUGH = 4, 4
-# plain steps before drafts are tried again: twice as many each time they are refused
+# plain steps before drafts are tried again: more where drafts cost more, and twice as many each time they are refused
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 256
 # steps that are kept for a model
 MAX_STEPS = 2
@@ -99,10 +100,6 @@ class SpeculativeStep:
         """Go over to drafts after `tokens` plain steps."""
         self.drafter.catch_up(tokens)
         self.to_drafted.replay()
-
-    def enough(self) -> int:
-        """How many tokens of `JUDGED` drafts have to be accepted for drafts to pay."""
-        return enough(self.drafter.cost, self.tokens, JUDGED, ENOUGH)
 
     def _choices(self, ids: Tensor, cache: RecurrentCache) -> Tensor:
         model = self.model()
@@ -226,12 +223,18 @@ class Speculation:
         steps[key] = step
         return step
 
+    def _steps_to_spare(self, step: SpeculativeStep, wanted: int, pending: int, drafting: bool) -> int:
+        """How many steps may be in flight when the next is launched: one too many at the end costs time, most with an assistant."""
+        if not drafting:
+            return RUN_AHEAD
+        return 0 if step.tokens * pending >= wanted else self.source.run_ahead
+
     def _loop(self, step: SpeculativeStep, most: int, run_ahead: int) -> tuple[list[int], RecurrentCache, int]:
         """The new tokens, and where the states before the last one are: in which cache, after which of the tokens fed last."""
         tokens: list[int] = []
         free = list(step.slots[: run_ahead + 1])
         pending: deque = deque()
-        pace = _Pace(step.enough())
+        pace = _Pace(step.tokens, step.drafter.cost)
         while True:
             drafting = pace.next(step)
             (step.drafted if drafting else step.plain).replay()
@@ -240,8 +243,11 @@ class Speculation:
             if event is not None:
                 event.record(torch.cuda.current_stream(step.text.ids.device))
             pending.append((report, event, drafting))
-            ahead = 0 if drafting and self.source.waits else run_ahead
-            while len(pending) > ahead or (pending and (event is None or pending[0][1].query())):
+            while pending:
+                spare = min(run_ahead, self._steps_to_spare(step, most - len(tokens), len(pending), drafting))
+                oldest = pending[0][1]
+                if len(pending) <= spare and oldest is not None and not oldest.query():
+                    break
                 report, done, drafted = pending.popleft()
                 if done is not None:
                     done.synchronize()
@@ -265,16 +271,29 @@ class _Pace:
     """Whether the next step drafts: not for a while after drafts were refused.
 
     Attributes:
+        tokens: T.
+        cost: of plain steps, how many a draft takes as long as.
         enough: tokens of `JUDGED` drafts that must have been accepted to go on.
+        pause: plain steps after the next refusal.
     """
 
-    enough: int
+    tokens: int
+    cost: float
+    enough: int = field(init=False)
+    pause: int = field(init=False)
     drafting: bool = True
     accepted: int = 0
     judged: int = 0
-    pause: int = field(default_factory=lambda: SHORTEST_PAUSE)
     left: int = 0
     plain: int = 0
+
+    def __post_init__(self) -> None:
+        # drafts that are always right are gone on with, whatever they cost
+        self.enough = max(ENOUGH, min(JUDGED * (self.tokens - 1), math.ceil(JUDGED * self.cost)))
+        self.pause = self._shortest_pause()
+
+    def _shortest_pause(self) -> int:
+        return min(LONGEST_PAUSE, math.ceil(SHORTEST_PAUSE * (1 + self.cost)))
 
     def judge(self, accepted: int) -> None:
         """Take note of how many tokens of a draft were accepted."""
@@ -289,7 +308,7 @@ class _Pace:
                 self.pause = min(2 * self.pause, LONGEST_PAUSE)
                 step.to_plain.replay()
             else:
-                self.pause = SHORTEST_PAUSE
+                self.pause = self._shortest_pause()
             self.accepted = self.judged = 0
         elif not self.drafting and self.left == 0:
             # what came back since was drafted before the pause

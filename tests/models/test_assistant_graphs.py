@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MaxTimeCriteria, StoppingCriteriaList
 
 from hf_mamba import RecurrentCache
-from hf_mamba.generation import drafting, graphs, speculative
+from hf_mamba.generation import graphs, speculative
 
 from .builders import ALL_MODELS, random_ids
 from .on_graphs import DEVICES, Called, generate, graph_device, stock
@@ -154,9 +154,9 @@ def test_bad_drafts_are_given_up(device: torch.device, monkeypatch: pytest.Monke
 
 def test_what_drafts_have_to_pay() -> None:
     def pay(cost: float, tokens: int) -> int:
-        return drafting.enough(cost, tokens, judged=4, least=4)
+        return speculative._Pace(tokens, cost).enough
 
-    # text costs nothing; a quarter of the main model, 16 times, is four tokens a draft; and no more than there are
+    # of 4 drafts: text costs nothing; a quarter of the main model, 16 times, is four tokens a draft; and no more than there are
     assert pay(0.0, 16) == 4 and pay(4.0, 16) == 16 and pay(16.0, 16) == 60
 
 
@@ -334,6 +334,31 @@ def test_assistants_that_graphs_do_not_take(device: torch.device, reason: str) -
     expected = greedy_loop(make_talker("mamba"), ids[0].cpu(), STEPS)[0]
     result = assisted(model, assistant, ids, replayed=False)
     assert torch.equal(result[0, 9:].cpu(), expected)
+
+
+def test_adapters_of_the_assistant(device: torch.device) -> None:
+    """They are called as modules, in graphs as well; whether they are switched on is seen."""
+    model, assistant = make_pair("mamba", device, tokens=3)
+    adapted = get_peft_model(assistant, LoraConfig(target_modules=["in_proj"], r=2, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.to(device).named_parameters():
+            if "lora" in name:
+                parameter.mul_(10.0)
+    ids = random_ids(1, 9).to(device)
+    expected = greedy_loop(make_talker("mamba"), ids[0].cpu(), STEPS)[0]
+
+    def replays() -> int:
+        before = Called.replays
+        result = assisted(model, adapted.get_base_model(), ids)
+        assert torch.equal(result[0, 9:].cpu(), expected)
+        return Called.replays - before
+
+    replays()
+    adapted_replays = replays()
+    with adapted.disable_adapter():
+        replays()
+        assert replays() == STEPS // 4 < adapted_replays
+    assert replays() > STEPS // 4
 
 
 def test_a_batch_is_refused_as_ever(device: torch.device) -> None:
