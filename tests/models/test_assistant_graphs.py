@@ -247,6 +247,7 @@ def test_a_changed_assistant_drafts_anew(device: torch.device) -> None:
     model, assistant = make_pair("mamba", device, "other", tokens=3)
     ids = random_ids(1, 9).to(device)
     assisted(model, assistant, ids)
+    stale = next(iter(steps_of(model).values()))
     for own, given in zip(assistant.parameters(), model.parameters(), strict=True):
         own.data = given.data.clone()
     gc.collect()
@@ -256,13 +257,14 @@ def test_a_changed_assistant_drafts_anew(device: torch.device) -> None:
     assisted(model, assistant, ids)
     assert Called.replays - before == STEPS // 4
     # what there was of the assistant as it was is gone
-    assert len(steps_of(model)) == 1
+    assert len(steps_of(model)) == 1 and stale not in steps_of(model).values()
 
 
 def test_assistants_in_turn(device: torch.device) -> None:
     """Each has a step of its own, and a copy of an assistant is not that assistant."""
     model, good = make_pair("mamba", device, tokens=3)
     bad, copied = make_talker("mamba", seed=3).to(device), copy.deepcopy(good)
+    bad.generation_config.num_assistant_tokens = 3
     ids = random_ids(1, 9).to(device)
     expected = model.generate(ids, max_new_tokens=STEPS, **GREEDY)
     for assistant in (good, bad, good, copied, bad):
