@@ -26,14 +26,16 @@ STEPS = 20
 device = pytest.fixture(params=DEVICES)(graph_device)
 
 
-def make_pair(kind: str, device: torch.device, draft: str = "same", tokens: int = 4) -> tuple[Any, Any]:
-    """A model and an assistant that is right always, seldom or in between."""
+def make_pair(
+    kind: str, device: torch.device, draft: str = "same", tokens: int = 4, noise: float = 3e-2
+) -> tuple[Any, Any]:
+    """A model and an assistant that is right always, seldom or in between, the less often the more `noise`."""
     model = make_talker(kind)
     assistant = make_talker(kind, seed=0 if draft != "other" else 3)
     if draft == "near":
         with torch.no_grad():
             for parameter in assistant.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 3e-2)
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * noise)
     assistant.generation_config.num_assistant_tokens = tokens
     return model.to(device), assistant.to(device)
 
@@ -85,29 +87,29 @@ def test_fewer_steps_where_the_draft_is_good(device: torch.device, kind: str, st
 @ALL_MODELS
 def test_states_of_the_assistant_are_rolled_back(device: torch.device, kind: str) -> None:
     """Wherever a draft is refused, the next one is what the assistant says after the text as it is."""
-    model, assistant = make_pair(kind, device, "near")
-    ids = random_ids(1, 9).to(device)
-    result = assisted(model, assistant, ids, max_new_tokens=STEPS)
-    step = next(iter(steps_of(model).values()))
-    lengths, counts = [], []
-    with torch.no_grad():
-        cache, prompt = RecurrentCache(model.config), RecurrentCache(assistant.config)
-        model(ids[:, :-1], cache=cache)
-        assistant(ids[:, :-1], cache=prompt)
-        step.begin(ids, cache, prompt)
-        for _ in range(8):
-            length = int(step.text.length)
-            text = step.text.tokens[:length].cpu()
-            step.drafted.replay()
-            expected = text
-            for _ in range(4):
-                said = assistant(expected[None].to(device), use_cache=False).logits[0, -1].argmax()
-                expected = torch.cat([expected, said.cpu()[None]])
-            assert torch.equal(step.text.ids[0, 1:].cpu(), expected[length:])
-            lengths.append(length)
-            counts.append(int(step.report[0]))
+    counts = []
+    # weights differ between versions of torch, and with them how often an assistant of some noise is right
+    for noise in (1e-2, 3e-2, 1e-1, 3e-1):
+        model, assistant = make_pair(kind, device, "near", noise=noise)
+        ids = random_ids(1, 9).to(device)
+        result = assisted(model, assistant, ids, max_new_tokens=STEPS)
+        assert result.shape[1] == 9 + STEPS
+        step = next(iter(steps_of(model).values()))
+        with torch.no_grad():
+            cache, prompt = RecurrentCache(model.config), RecurrentCache(assistant.config)
+            model(ids[:, :-1], cache=cache)
+            assistant(ids[:, :-1], cache=prompt)
+            step.begin(ids, cache, prompt)
+            for _ in range(6):
+                length = int(step.text.length)
+                expected = step.text.tokens[:length].cpu()
+                step.drafted.replay()
+                for _ in range(4):
+                    said = assistant(expected[None].to(device), use_cache=False).logits[0, -1].argmax()
+                    expected = torch.cat([expected, said.cpu()[None]])
+                assert torch.equal(step.text.ids[0, 1:].cpu(), expected[length:])
+                counts.append(int(step.report[0]))
     assert min(counts) < 4 and max(counts) > 0, counts
-    assert result.shape[1] == 9 + STEPS
 
 
 @ALL_MODELS
