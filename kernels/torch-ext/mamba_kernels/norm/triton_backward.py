@@ -15,6 +15,8 @@ __all__ = ["norm_backward"]
 # ones fill a multiprocessor as it is
 SHORT, LONG = Tuning(tile=1024, per_warp=256), Tuning(tile=4096, per_warp=512)
 LONGEST_SHORT, SHORT_STAGES = 2048, 4
+# bytes of shared memory for them; with the sums it stays within the 64 KB of a T4
+ROOM = 48 * 1024
 # the programs have this many warps together: 32 for each multiprocessor of an H100
 BACKWARD_WARPS = 4224
 
@@ -271,6 +273,10 @@ def norm_backward(
     dy, stride_dy_r, stride_dy_d = as_rows(dy)
     x, stride_r, stride_d = as_rows(x)
     extra, stride_extra_r, stride_extra_d = (x, 0, 0) if extra is None else as_rows(extra)
+    stages = 1
+    if is_short:
+        in_flight = block * rows * (dy.element_size() + x.element_size() + extra.element_size())
+        stages = max(1, min(SHORT_STAGES, ROOM // in_flight))
     launch(
         _rms_norm_bwd_kernel,
         (programs * groups,),
@@ -299,7 +305,7 @@ def norm_backward(
         HAS_DEXTRA=dextra_dtype is not None,
         HAS_DWEIGHT=wants_dweight,
         EIGHTHS=stride_extra_r % 8 == 0,
-        STAGES=SHORT_STAGES if is_short else 1,
+        STAGES=stages,
         num_warps=warps,
     )
     if weight is None or not wants_dweight:
