@@ -24,6 +24,7 @@ __all__ = [
     "left_to_eager",
     "on_device",
     "select",
+    "unfit_for_kernels",
     "warn_once",
 ]
 
@@ -138,28 +139,33 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return _NO_CHANGE if device.index == module.current_device() else module.device(device)
 
 
-def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = None, taps: int | None = None) -> bool:
-    """Whether a Triton op leaves a call to the eager one: no elements, or something its kernels do not take, said once.
+def unfit_for_kernels(
+    x: Tensor, *others: Tensor | None, state_size: int | None = None, taps: int | None = None
+) -> str | None:
+    """What of a call the Triton kernels do not take, empty if it has no elements; None if they take it.
 
     They compute in fp32, hold at most LARGEST_STATE states and are unrolled over at most LARGEST_WIDTH taps.
     """
     if x.numel() == 0 or state_size == 0:
-        return True
-    reason = None
-    if state_size is not None and state_size > LARGEST_STATE:
-        reason = f"states of more than {LARGEST_STATE}"
-    elif taps is not None and taps > LARGEST_WIDTH:
-        reason = f"convolutions of more than {LARGEST_WIDTH} taps"
+        return ""
     for value in (x, *others):
         if value is not None and value.dtype == torch.float64:
-            reason = "fp64 operands"
-    if reason is None:
-        return False
-    if not torch.compiler.is_compiling():
+            return "fp64 operands"
+    if state_size is not None and state_size > LARGEST_STATE:
+        return f"states of more than {LARGEST_STATE}"
+    if taps is not None and taps > LARGEST_WIDTH:
+        return f"convolutions of more than {LARGEST_WIDTH} taps"
+    return None
+
+
+def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = None, taps: int | None = None) -> bool:
+    """Whether a Triton op leaves a call to the eager one; the reason, if it is not that there is nothing to do, is said once."""
+    reason = unfit_for_kernels(x, *others, state_size=state_size, taps=taps)
+    if reason and not torch.compiler.is_compiling():
         warn_once(
             f"mamba_kernels: the Triton kernels do not take {reason}; those run as plain torch, which is slower."
         )
-    return True
+    return reason is not None
 
 
 # a constant to torch.compile, which cannot look into it; it would look through a cache around it
