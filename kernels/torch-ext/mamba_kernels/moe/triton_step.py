@@ -31,7 +31,7 @@ __all__ = ["experts_step_triton"]
 
 # rows and columns of a matrix that a program reads at a time, and its warps: of the two launches, the fastest of 12 on an H100
 UP, DOWN = (4, 1024, 4), (2, 1024, 4)
-# values of weights that a thread holds while it waits
+# values of weights that a thread holds before it multiplies
 MOST_AHEAD = 64
 
 
@@ -95,8 +95,9 @@ def _up_kernel(
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """a (B, k, F), and with logits also the choice: indices and weights (B, k)."""
+    """a (B, k, F), and with logits also the choice: indices and weights (B, k). With AHEAD all weights are fetched at once."""
     WIDTH: tl.constexpr = 2 * F if GATED else F
     pid, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
@@ -114,15 +115,32 @@ def _up_kernel(
     # an expert that does not exist reads nothing
     is_read = o < tl.where((expert >= 0) & (expert < E), F, 0)
     tile = up + expert.to(tl.int64) * (WIDTH * D) + o[:, None] * D + c[None, :]
+    fetched = ()
+    if AHEAD:
+        for start in tl.static_range(0, D, BK):
+            mask = is_read[:, None] & (start + c < D)[None, :]
+            fetched = fetched + (tl.load(tile + start, mask=mask, other=0.0, eviction_policy="evict_first"),)
+            if GATED:
+                other = tl.load(tile + F * D + start, mask=mask, other=0.0, eviction_policy="evict_first")
+                fetched = fetched + (other,)
+        # without it the assembler saves registers: it waits for a part before it fetches the next
+        tl.debug_barrier()
+    PARTS: tl.constexpr = 2 if GATED else 1
     g = tl.zeros((BO, BK), tl.float32)
     u = tl.zeros((BO, BK), tl.float32)
     squares = tl.zeros((BK,), tl.float32)
     for start in tl.static_range(0, D, BK):
         inside = start + c < D
-        mask = is_read[:, None] & inside[None, :]
-        first = tl.load(tile + start, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if GATED:
-            second = tl.load(tile + F * D + start, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if AHEAD:
+            first = fetched[start // BK * PARTS].to(tl.float32)
+            if GATED:
+                second = fetched[start // BK * PARTS + 1].to(tl.float32)
+        else:
+            mask = is_read[:, None] & inside[None, :]
+            first = tl.load(tile + start, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            if GATED:
+                other = tl.load(tile + F * D + start, mask=mask, other=0.0, eviction_policy="evict_first")
+                second = other.to(tl.float32)
         v = tl.load(x + b * stride + start + c, mask=inside, other=0.0).to(tl.float32)
         if HAS_NORM:
             squares += v * v
@@ -197,6 +215,8 @@ def _down_kernel(
         total += tl.load(residual + b * stride + o, mask=is_output, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    elif AHEAD:
+        tl.debug_barrier()
     BLOCKS: tl.constexpr = (F + BK - 1) // BK
     for j in tl.static_range(K):
         expert, weight, is_read, tile = chosen[j]
@@ -269,6 +289,8 @@ def experts_step_triton(
         "PDL": early,
     }
     rows, columns, warps = UP
+    columns = min(columns, power_of_2(channels))
+    fetched = (2 if gated else 1) * rows * ceil_div(channels, columns) * columns
     launch(
         _up_kernel,
         (ceil_div(inner, rows), top_k, batch),
@@ -289,11 +311,12 @@ def experts_step_triton(
         F=inner,
         BE=power_of_2(experts),
         BO=rows,
-        BK=min(columns, power_of_2(channels)),
+        BK=columns,
         ACT=activation,
         GATED=gated,
         HAS_NORM=norm_weight is not None,
         HAS_BIAS=up_bias is not None,
+        AHEAD=fetched <= 32 * warps * MOST_AHEAD,
         num_warps=warps,
         **options,
     )
