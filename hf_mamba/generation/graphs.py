@@ -65,8 +65,8 @@ def warm_up(function: Callable[[], None], device: torch.device, times: int) -> N
             function()
 
 
-# held while graphs are looked up and captured
-CAPTURING = threading.Lock()
+# held while graphs are looked up and captured; the prompt of an assistant is read in the middle of that
+CAPTURING = threading.RLock()
 
 
 class MemoryPool:
