@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mamba_kernels
 from mamba_kernels.decode import reference
+from mamba_kernels.early import early_launches
 
 from .comparison import TOLERANCES
 from .interpreter import Errors, errors_under_interpreter, print_errors
@@ -199,6 +200,82 @@ def test_same_bits_ten_times(case: str) -> None:
 
     first = run()
     assert all(torch.equal(run(), first) for _ in range(10))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("captured", [False, True], ids=["in-a-stream", "in-a-graph"])
+def test_early_launches_have_the_same_bits(captured: bool, dtype: torch.dtype) -> None:
+    """A chain of all kernels of a step, of which each reads what the one in front of it has only just written."""
+    layers, channels, rank, size, rounds = 6, 512, 16, 16, 5
+    torch.manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype) * shape[-1] ** -0.5
+
+    weights = [
+        (
+            normal(2 * channels, channels),
+            normal(channels, 4),
+            normal(rank + 2 * size, channels),
+            normal(channels, channels),
+        )
+        for _ in range(layers)
+    ]
+    heads, head_dim = 8, channels // 8
+    in_ssd = [normal(2 * channels + 2 * size + heads, channels) for _ in range(layers)]
+    conv_ssd = [normal(channels + 2 * size, 4) for _ in range(layers)]
+    dt_weight, dt_bias = normal(channels, rank), torch.randn(channels, device="cuda")
+    A_log, D, scale = (
+        torch.rand(channels, size, device="cuda"),
+        torch.randn(channels, device="cuda"),
+        normal(channels).abs(),
+    )
+
+    def run(x: Tensor, states: list[Tensor]) -> Tensor:
+        held = iter(states)
+        for layer, (in_proj, taps, x_proj, out_proj) in enumerate(weights):
+            hidden, z = mamba_kernels.fused_linear(x, in_proj, norm_weight=scale).chunk(2, dim=-1)
+            hidden = mamba_kernels.causal_conv1d_update(hidden, next(held), taps, activation="silu")
+            parameters = mamba_kernels.fused_linear(hidden, x_proj)
+            y = mamba_kernels.mamba_step(next(held), hidden, parameters, dt_weight, dt_bias, A_log, D, z)
+            x = mamba_kernels.fused_linear(y, out_proj, residual=x)
+            widths = [channels, channels + 2 * size, heads]
+            z, xBC, dt = mamba_kernels.fused_linear(x, in_ssd[layer], norm_weight=scale).split(widths, dim=-1)
+            xBC = mamba_kernels.causal_conv1d_update(xBC, next(held), conv_ssd[layer], activation="silu")
+            y = mamba_kernels.mamba2_step(next(held), xBC, dt, dt_bias[:heads], A_log[:heads, 0], D[:heads], groups=1)
+            x = mamba_kernels.fused_linear(y, out_proj, norm_weight=scale, z=z, residual=x)
+        return x
+
+    def new_states(rows: int) -> list[Tensor]:
+        shapes = [(channels, 4), (channels, size), (channels + 2 * size, 4), (heads, head_dim, size)] * layers
+        kinds = [dtype, FP32] * (2 * layers)
+        return [
+            torch.zeros(rows, *shape, device="cuda", dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)
+        ]
+
+    for rows in (1, 2, 4):
+        inputs = [normal(rows, channels) for _ in range(rounds)]
+        states = new_states(rows)
+        expected = [run(x, states) for x in inputs]
+        early_states = new_states(rows)
+        with early_launches() as asked:
+            if captured:
+                run(inputs[0], new_states(rows))
+                static, graph = inputs[0].clone(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    # behind a kernel of torch
+                    out = run(static * 1, early_states)
+                found = []
+                for x in inputs:
+                    static.copy_(x)
+                    graph.replay()
+                    found.append(out.clone())
+            else:
+                found = [run(x, early_states) for x in inputs]
+        assert asked.used
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), rows
+        assert all(torch.equal(a, b) for a, b in zip(early_states, states, strict=True)), rows
 
 
 if __name__ == "__main__":

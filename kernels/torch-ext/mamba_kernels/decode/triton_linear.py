@@ -7,7 +7,8 @@ sum of squares is gathered beside the product, and nothing waits for it before t
 sums of a group are scaled and put aside when its last channel has been read.
 
 A program reads BO rows of the weight, BK columns at a time, all of them once for all rows of x; partial sums stay in registers
-as tiles (BO, BK) until the end. Sums are in fp32 and in a fixed order.
+as tiles (BO, BK) until the end. Sums are in fp32 and in a fixed order. A launch that starts early (`early`) fetches the first tiles
+while the kernel in front of it is at work.
 
 Symbols: B rows of x (a constant of the kernel), K inputs, O outputs.
 """
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import MOST_ROWS, left_to_eager
+from ..early import launches_early
 from .eager import fused_linear_eager
 from .triton_rows import linear_of_many_rows
 
@@ -41,6 +43,8 @@ TUNING = {1: Tuning(4, 1024, 4), 2: Tuning(2, 1024, 4), 4: Tuning(1, 1024, 4)}
 MEASURED = {2560: Tuning(4, 2048, 8), 5120: Tuning(4, 512, 2)}
 # a grid of fewer programs than this leaves multiprocessors idle
 FEWEST_PROGRAMS = 264
+# values of weights that a thread holds while it waits
+MOST_AHEAD = 64
 
 
 @triton.jit
@@ -66,13 +70,23 @@ def _fused_linear_kernel(
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """y (B, O)."""
+    """y (B, O). With EARLY, the first AHEAD tiles of a program's weights are fetched before x is there."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     o = pid * BO + tl.arange(0, BO)
     is_output = o < outputs
     k = tl.arange(0, BK)
     tile = weight + pid.to(tl.int64) * (BO * K) + tl.arange(0, BO)[:, None] * K + k[None, :]
+    fetched = ()
+    for i in tl.static_range(AHEAD):
+        mask = is_output[:, None] & (i * BK + k < K)[None, :]
+        fetched = fetched + (tl.load(tile + i * BK, mask=mask, other=0.0, eviction_policy="evict_first"),)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     sums = ()
     done = ()
     squares = ()
@@ -85,9 +99,12 @@ def _fused_linear_kernel(
             inside = k < BK
         else:
             inside = start + k < K
-        values = tl.load(
-            tile + start, mask=is_output[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
-        ).to(tl.float32)
+        if start // BK < AHEAD:
+            values = fetched[start // BK].to(tl.float32)
+        else:
+            values = tl.load(
+                tile + start, mask=is_output[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
         scale = tl.zeros((BK,), tl.float32)
         if HAS_NORM:
             scale = tl.load(norm_weight + start + k, mask=inside, other=0.0).to(tl.float32)
@@ -183,6 +200,12 @@ def fused_linear_triton(
     added = x if residual is None else residual if residual.stride(1) == 1 else residual.contiguous()
     dtype = weight.dtype if residual is None else torch.promote_types(residual.dtype, weight.dtype)
     y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    early = launches_early(x)
+    ahead = 0
+    if early:
+        ahead = min(
+            triton.cdiv(inputs, tuning.inputs), 32 * tuning.warps * MOST_AHEAD // (tuning.outputs * tuning.inputs)
+        )
     _fused_linear_kernel[(triton.cdiv(outputs, tuning.outputs),)](
         x,
         z_rows,
@@ -205,6 +228,9 @@ def fused_linear_triton(
         HAS_Z=z is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
+        EARLY=early,
+        AHEAD=ahead,
         num_warps=tuning.warps,
+        **({"launch_pdl": True} if early else {}),
     )
     return y

@@ -277,15 +277,16 @@ def _ssd_bwd_kernel(
         dpairs *= weights
         dstep = tl.sum(dpairs, 1) + through_input
         through_input *= step
+        # pairs s < t <= q as those with q >= t less those with s >= t; a pair s = q is in neither or in both
+        dpairs *= step[:, None]
         if EXACT:
-            later = (i[:, None] >= i[None, :]).to(DTYPE)
-            earlier = i[:, None] < i[None, :]
-            da = tl.sum(tl.where(earlier, product(dpairs * step[:, None], later, PRECISION), 0.0), 0)
-            da += tl.sum(tl.where(earlier, through_input[:, None], 0.0), 0)
-            da += tl.sum(tl.where(i[:, None] >= i[None, :], through_output[:, None], 0.0), 0)
+            # the two sides may cancel, and the gradient of A sums over all tokens: fp32 operands deserve it right
+            wide_pairs = dpairs.to(tl.float64)
+            ends = tl.sum(wide_pairs, 0) + through_output.to(tl.float64)
+            starts = tl.sum(wide_pairs, 1) + through_input.to(tl.float64)
+            wide_da = tl.sum(through_input.to(tl.float64), 0) + tl.cumsum(ends - starts, 0, reverse=True)
+            da = wide_da.to(tl.float32)
         else:
-            # pairs s < t <= q as those with q >= t less those with s >= t; a pair s = q is in neither or in both
-            dpairs *= step[:, None]
             difference = tl.sum(dpairs, 0) - tl.sum(dpairs, 1) + through_output - through_input
             da = tl.sum(through_input, 0) + tl.cumsum(difference, 0, reverse=True)
         da += carry * through_carry
