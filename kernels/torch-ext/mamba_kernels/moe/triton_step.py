@@ -6,15 +6,14 @@
 Both launches find the experts themselves, from the router's logits, or are told. A program reads BO rows of a matrix, BK columns
 at a time, as `fused_linear` does; sums are in fp32 and in a fixed order.
 
-The second waits for the first, and would start when that one has ended. Hopper can start it earlier (programmatic dependent
-launch), so that it fetches its weights while the first is at work, of which nothing depends on the first but the product. The
-first starts in the ordinary way: a CUDA graph lets a launch start early behind a kernel only, and what is in front of the first is
-not known here.
+The second waits for the first, and would start when that one has ended. Hopper can start it earlier (`early`), so that it fetches
+its weights while the first is at work, of which nothing depends on the first but the product. The first can do nothing before it
+has the logits, but is there when they are; whether it may start early is asked for, since what is in front of it is not known
+here. It waits before it lets the second start, which therefore finds the logits written.
 
 Symbols: B tokens, k experts per token, d model width, E experts, F expert width.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..early import knows_early_launches, launches_early
 from ..launch import launch
 from .sizes import ceil_div, power_of_2
 from .triton_activation import act
@@ -94,13 +94,17 @@ def _up_kernel(
     HAS_LOGITS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
+    NEXT_EARLY: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """a (B, k, F), and with logits also the choice: indices and weights (B, k). With AHEAD all weights are fetched at once."""
     WIDTH: tl.constexpr = 2 * F if GATED else F
     pid, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    if NEXT_EARLY:
+        # behind the wait: the next launch reads the logits before it waits itself
         tl.extra.cuda.gdc_launch_dependents()
     if HAS_LOGITS:
         expert, weight = _pick(logits, b, j, scale, K, E, BE, SIGMOID, NORMALIZE)
@@ -187,11 +191,13 @@ def _down_kernel(
     HAS_LOGITS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """y (B, D). With AHEAD all weights are fetched before `a` is there."""
     pid, b = tl.program_id(0), tl.program_id(1)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     o = pid * BO + tl.arange(0, BO)
     is_output = o < D
     c = tl.arange(0, BK)
@@ -213,7 +219,7 @@ def _down_kernel(
     total = tl.zeros((BO,), tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual + b * stride + o, mask=is_output, other=0.0).to(tl.float32)
-    if PDL:
+    if EARLY:
         tl.extra.cuda.gdc_wait()
     elif AHEAD:
         tl.debug_barrier()
@@ -235,15 +241,6 @@ def _down_kernel(
             result += tl.load(bias + expert * D + o, mask=is_read, other=0.0).to(tl.float32)
         total += result * weight
     tl.store(y + b * D + o, total.to(y.dtype.element_ty), mask=is_output)
-
-
-@cache
-def starts_early(device_type: str, index: int | None) -> bool:
-    """Whether the GPU and Triton know programmatic dependent launch."""
-    if device_type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
-        return False
-    known = hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
-    return known and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def experts_step_triton(
@@ -281,12 +278,13 @@ def experts_step_triton(
     a = torch.empty(batch, top_k, inner, dtype=up.dtype, device=x.device)
     dtype = down.dtype if residual is None else torch.promote_types(residual.dtype, down.dtype)
     y = torch.empty(batch, channels, dtype=dtype, device=x.device)
-    early = starts_early(x.device.type, x.device.index)
+    next_early = knows_early_launches(x.device.type, x.device.index)
+    # logits come from a kernel; what made a choice that is told may have been a copy or a fill
+    early = has_logits and launches_early(x)
     options: dict[str, Any] = {
         "HAS_LOGITS": has_logits,
         "SIGMOID": scoring == "sigmoid",
         "NORMALIZE": normalize,
-        "PDL": early,
     }
     rows, columns, warps = UP
     columns = min(columns, power_of_2(channels))
@@ -316,9 +314,12 @@ def experts_step_triton(
         GATED=gated,
         HAS_NORM=norm_weight is not None,
         HAS_BIAS=up_bias is not None,
+        EARLY=early,
+        NEXT_EARLY=next_early,
         AHEAD=fetched <= 32 * warps * MOST_AHEAD,
         num_warps=warps,
         **options,
+        **({"launch_pdl": True} if early else {}),
     )
     rows, columns, warps = DOWN
     columns = min(columns, power_of_2(inner))
@@ -344,9 +345,10 @@ def experts_step_triton(
         BK=columns,
         HAS_BIAS=down_bias is not None,
         HAS_RESIDUAL=residual is not None,
+        EARLY=next_early,
         AHEAD=top_k * rows * ceil_div(inner, columns) * columns <= 32 * warps * MOST_AHEAD,
         num_warps=warps,
         **options,
-        **({"launch_pdl": True} if early else {}),
+        **({"launch_pdl": True} if next_early else {}),
     )
     return y, indices, weights
