@@ -185,9 +185,8 @@ def test_which_launches_of_a_step_start_early(monkeypatch: pytest.MonkeyPatch, a
         choice = {"indices": torch.zeros(2, 1, dtype=torch.int64), "weights": torch.ones(2, 1)}
     with early_launches(asked) as used:
         triton_step.experts_step_triton(**operands, **choice, activation="relu", gated=False)
-        was_used = used.used
     first, second = launched
-    assert was_used == first["EARLY"] == first.get("launch_pdl", False) == (asked and not told)
+    assert used.used == first["EARLY"] == first.get("launch_pdl", False) == (asked and not told)
     assert first["NEXT_EARLY"] and second["EARLY"] and second["launch_pdl"]
 
 
@@ -244,7 +243,7 @@ def test_early_launches_have_the_same_bits_on_gpu(captured: bool, dtype: torch.d
                     found.append([value.clone() for value in out])
             else:
                 found = [run(x) for x in inputs]
-            assert asked.used
+        assert asked.used
         for actual, wanted in zip(found, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True)), rows
         # the layers and rounds do not all choose the same expert

@@ -44,7 +44,8 @@ def early_launches(on: bool = True) -> Iterator[_Asked]:
     try:
         yield _asked
     finally:
-        _asked.on, _asked.used = before[0], before[1] or _asked.used
+        # a block around this one has used them too; one that ended before has not
+        _asked.on, _asked.used = before[0], (before[0] and before[1]) or _asked.used
 
 
 @cache
