@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..launch import launch
 
-__all__ = ["Tuning", "as_rows", "contiguous_like", "load", "norm_forward", "tile_of"]
+__all__ = ["Tuning", "as_rows", "contiguous_like", "load", "norm_forward", "store_normed", "tile_of"]
 
 
 class Tuning(NamedTuple):
@@ -61,7 +61,7 @@ def _forward_operands(x, extra, mask, total_dtype: tl.constexpr, EXTRA: tl.const
 
 
 @triton.jit
-def _store_normed(y, normed, gate, weight, mask, channel_mask, EXTRA: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+def store_normed(y, normed, gate, weight, mask, channel_mask, EXTRA: tl.constexpr, HAS_WEIGHT: tl.constexpr):
     if EXTRA == "gate last":
         normed *= gate
     else:
@@ -117,7 +117,7 @@ def _rms_norm_fwd_kernel(
         if HAS_TOTAL:
             tl.store(total + column, value.to(total_dtype), mask=mask)
         inverse = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / W + eps)
-        _store_normed(y + column, value * inverse, gate, weight + column, mask, column < W, EXTRA, HAS_WEIGHT)
+        store_normed(y + column, value * inverse, gate, weight + column, mask, column < W, EXTRA, HAS_WEIGHT)
     else:
         squares = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, W, BLOCK):
@@ -134,7 +134,7 @@ def _rms_norm_fwd_kernel(
             mask = real & (c < W)
             d = c.to(tl.int64)
             value, gate = _forward_operands(x + d * stride_x_d, extra + d * stride_extra_d, mask, total_dtype, EXTRA)
-            _store_normed(y + c, value * inverse, gate, weight + c, mask, c < W, EXTRA, HAS_WEIGHT)
+            store_normed(y + c, value * inverse, gate, weight + c, mask, c < W, EXTRA, HAS_WEIGHT)
 
 
 def tile_of(width: int, tuning: Tuning) -> tuple[int, int, int]:
