@@ -192,9 +192,7 @@ def _rms_norm_bwd_kernel(
             out = row * (GROUPS * W) + column
             tl.store(dx + out, b_dx.to(dx.dtype.element_ty), mask=mask)
             if HAS_DEXTRA:
-                tl.store(
-                    dextra + row * stride_dextra_r + column, b_dextra.to(dextra.dtype.element_ty), mask=mask
-                )
+                tl.store(dextra + row * stride_dextra_r + column, b_dextra.to(dextra.dtype.element_ty), mask=mask)
             if HAS_Y:
                 _store_again(y + out, value * inverse, b_extra, weight + column, mask, is_channel, EXTRA, HAS_WEIGHT)
             if HAS_DWEIGHT:

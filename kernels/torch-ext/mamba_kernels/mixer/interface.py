@@ -1,0 +1,132 @@
+"""What lies between the projections of a Mamba-2 layer, as one function.
+
+Values are those of `causal_conv1d`, `ssd_chunk_scan` and `rms_norm_gated` one after the other, and on everything but a GPU
+that is what runs. In Triton, backward has one gradient of the projection, which all ops write into, where autograd would join
+theirs; and the input of the last projection, needed for the gradient of its weight alone, is made again by the norm's backward in
+place of being kept.
+
+Symbols: B batch, L length, H heads, P head dim, D' = H P inner width, G groups, N state size, W convolution width, d model width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..causal_conv1d import causal_conv1d
+from ..checks import check_shape, check_tensor
+from ..dispatch import left_to_eager, on_device, select
+from ..norm import rms_norm_gated
+from ..ssd import ssd_chunk_scan
+
+__all__ = ["MixerSizes", "mamba2_inner", "mixers_are_fused"]
+
+OP = "mamba2_inner"
+
+
+class MixerSizes(NamedTuple):
+    """Sizes and options of a Mamba-2 layer."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+    eps: float
+    group_size: int  # channels that are normalised together
+    silu: bool = True  # after the convolution
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Of z, of x with B and C, and of dt, in the order of the projection."""
+        inner = self.heads * self.head_dim
+        return inner, inner + 2 * self.groups * self.state_size, self.heads
+
+
+def mixers_are_fused(*values: Tensor | None, state_size: int, taps: int) -> bool:
+    """Whether the functions of this module run as one: in Triton, with a gradient, and outside of torch.compile and autocast."""
+    first = next(value for value in values if value is not None)
+    device = first.device
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return False
+    if not any(value is not None and value.requires_grad for value in values):
+        return False
+    ops = ("causal_conv1d", "ssd_chunk_scan", "rms_norm_gated")
+    if any(select(op, device) != "triton" for op in ops):
+        return False
+    return not left_to_eager(first, *values, state_size=state_size, taps=taps)
+
+
+def mamba2_inner(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    norm_weight: Tensor,
+    sizes: MixerSizes,
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Convolution, SSD and gated norm of a Mamba-2 layer (arXiv 2405.21060, section 7), and its last projection if it is given.
+
+    Args:
+        projected: (B, L, 2 D' + 2 G N + H), in the order z, x, B, C, dt.
+        conv_weight: (D' + 2 G N, W). conv_bias: (D' + 2 G N,) or None.
+        A: (H,), negative. D: (H,) or None. dt_bias: (H,) or None.
+        norm_weight: (D',).
+        sizes: everything that no shape says.
+        out_weight: (d, D') in the dtype of `projected`, or None for no projection. out_bias: (d,) or None.
+        seq_idx: (B, L) integer, the number of each token's sequence; negative = padding.
+        recompute: compute the output of the convolution once more in backward in place of keeping it: B L (D' + 2 G N)
+            elements less for the time of one convolution. Without effect where the ops run one by one.
+
+    Returns:
+        (B, L, D'), or (B, L, d) with `out_weight`, in the dtype of `projected`.
+
+    Differentiable in every floating tensor, once.
+
+    Raises:
+        TypeError: `projected` is no tensor.
+        ValueError: its width is another.
+
+    Example:
+        >>> import torch
+        >>> from mamba_kernels.mixer import MixerSizes, mamba2_inner
+        >>> sizes = MixerSizes(heads=2, head_dim=4, groups=1, state_size=3, eps=1e-5, group_size=8)
+        >>> projected, A = torch.randn(1, 6, sum(sizes.widths)), -torch.rand(2)
+        >>> y = mamba2_inner(projected, torch.randn(14, 4), None, A, None, None, torch.ones(8), sizes)
+        >>> print(tuple(y.shape))
+        (1, 6, 8)
+    """
+    check_tensor(OP, "projected", projected)
+    check_shape(OP, "projected", projected, (None, None, sum(sizes.widths)), "(B, L, 2 D' + 2 G N + H)")
+    floats = (projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, out_weight, out_bias)
+    if mixers_are_fused(*floats, state_size=sizes.state_size, taps=conv_weight.shape[1]):
+        from .triton_mamba2 import mamba2_inner_triton
+
+        with on_device(projected.device):
+            return mamba2_inner_triton(*floats, sizes, seq_idx, recompute)
+    z, xBC, dt = projected.split(sizes.widths, dim=-1)
+    activation = "silu" if sizes.silu else None
+    xBC = causal_conv1d(xBC, conv_weight, conv_bias, activation=activation, seq_idx=seq_idx)
+    inner, states = sizes.widths[0], sizes.groups * sizes.state_size
+    x, B, C = xBC.split([inner, states, states], dim=-1)
+    y = ssd_chunk_scan(
+        x.unflatten(-1, (sizes.heads, sizes.head_dim)),
+        dt,
+        A,
+        B.unflatten(-1, (sizes.groups, sizes.state_size)),
+        C.unflatten(-1, (sizes.groups, sizes.state_size)),
+        D=D,
+        dt_bias=dt_bias,
+        dt_limit=sizes.dt_limit,
+        seq_idx=seq_idx,
+    )
+    normed = rms_norm_gated(y.flatten(-2), norm_weight, z, eps=sizes.eps, group_size=sizes.group_size)
+    return normed if out_weight is None else F.linear(normed, out_weight, out_bias)

@@ -1,0 +1,198 @@
+"""A layer's ops as one function of its projection: in Triton against the ops one by one in fp64, and what it refuses.
+
+Tests marked `gpu` run the compiled kernels. The others run the same kernels under Triton's interpreter, at toy sizes.
+"""
+
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba_kernels import backend
+from mamba_kernels.mixer import MixerSizes, mamba2_inner
+
+from .comparison import TOLERANCES
+from .interpreter import Errors, errors_under_interpreter, print_errors
+from .oracle import relative_error
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+# id: what differs from a call of two rows of 21 tokens with everything there is; blocks have 16 tokens
+TOY_CASES: dict[str, dict[str, Any]] = {
+    "with-projection": {},
+    "recomputed": {"recompute": True},
+    "without-projection": {"width": None},
+    "bare": {"bare": True},
+    "one-token": {"length": 1},
+    "groups-and-parts": {"heads": 4, "groups": 2, "programs": 64},
+    "heads-in-turns": {"heads": 4, "workspace": 1},
+    "seq-idx": {"packed": True, "length": 37, "recompute": True},
+    "limits": {"limit": (0.3, 0.9)},
+    "long-groups": {"head_dim": 12, "largest_block": 16},
+    "frozen": {"frozen": ("norm_weight", "out_weight", "out_bias", "conv_weight")},
+    "fp16": {"dtype": FP16, "recompute": True},
+}
+
+
+def make_operands(
+    sizes: MixerSizes,
+    batch: int,
+    length: int,
+    width: int | None,
+    taps: int,
+    dtype: torch.dtype = FP32,
+    device: str = "cpu",
+    bare: bool = False,
+) -> dict[str, Tensor | None]:
+    """Random operands of one call; those of `bare` lack what can be left out."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    inner, convolved, heads = sizes.widths
+    return {
+        "projected": normal(batch, length, sum(sizes.widths)).to(dtype),
+        "conv_weight": normal(convolved, taps).to(dtype),
+        "conv_bias": None if bare else normal(convolved).to(dtype),
+        "A": -2 * torch.rand(heads, device=device),
+        "D": None if bare else normal(heads),
+        "dt_bias": None if bare else normal(heads),
+        "norm_weight": normal(inner).to(dtype),
+        "out_weight": None if width is None else (normal(width, inner) / inner**0.5).to(dtype),
+        "out_bias": None if bare or width is None else normal(width).to(dtype),
+    }
+
+
+def gradients_of(
+    name: str, operands: dict[str, Tensor | None], weights: Tensor, frozen: tuple[str, ...], **options: Any
+) -> dict[str, Tensor]:
+    """The output and the gradient of every operand, with a backend."""
+    leaves = {
+        key: None if value is None else value.detach().clone().requires_grad_(key not in frozen)
+        for key, value in operands.items()
+    }
+    with backend(name):
+        y = mamba2_inner(**leaves, **options)
+        y.backward(weights.to(y.dtype))
+    found = {f"gradient of {key}": leaf.grad for key, leaf in leaves.items() if leaf is not None and key not in frozen}
+    assert all(gradient is not None for gradient in found.values())
+    return {"y": y.detach(), **found}
+
+
+def errors_of(
+    operands: dict[str, Tensor | None], sizes: MixerSizes, frozen: tuple[str, ...] = (), **options: Any
+) -> dict[str, float]:
+    """RMS-relative error of the output and of every gradient; infinite where something is not finite."""
+    projected, out_weight = operands["projected"], operands["out_weight"]
+    assert projected is not None
+    last = sizes.widths[0] if out_weight is None else out_weight.shape[0]
+    weights = torch.randn(*projected.shape[:2], last, device=projected.device)
+    actual = gradients_of("triton", operands, weights, frozen, sizes=sizes, **options)
+    double = {name: None if value is None else value.double() for name, value in operands.items()}
+    expected = gradients_of("eager", double, weights.double(), frozen, sizes=sizes, **options)
+    return {name: relative_error(actual[name], want) for name, want in expected.items()}
+
+
+def random_packing(batch: int, length: int, device: str = "cpu", often: int = 9) -> Tensor:
+    """(B, L) sequence numbers that rise about every `often` tokens, one token in five padding."""
+    numbers = torch.randint(0, often, (batch, length), device=device).eq(0).cumsum(1)
+    return torch.where(torch.rand(batch, length, device=device) < 0.2, -1, numbers)
+
+
+def run_toy_case(
+    batch: int = 2,
+    length: int = 21,
+    heads: int = 2,
+    head_dim: int = 5,
+    groups: int = 1,
+    state_size: int = 6,
+    width: int | None = 7,
+    taps: int = 4,
+    programs: int = 264,
+    workspace: int = 1 << 30,
+    largest_block: int = 8192,
+    limit: tuple[float, float] = (0.0, math.inf),
+    packed: bool = False,
+    recompute: bool = False,
+    frozen: tuple[str, ...] = (),
+    **kind: Any,
+) -> dict[str, float]:
+    """One entry of TOY_CASES, with blocks and programs small enough to have several of everything."""
+    plan = importlib.import_module("mamba_kernels.ssd.triton_plan")
+    plan.block_of = lambda dtype, size: 16
+    importlib.import_module("mamba_kernels.ssd.triton_projections").TARGET_PROGRAMS = programs
+    importlib.import_module("mamba_kernels.ssd.triton_backward").WORKSPACE_BYTES = workspace
+    importlib.import_module("mamba_kernels.norm.triton_forward").LARGEST_BLOCK = largest_block
+    group_size = heads * head_dim // groups
+    sizes = MixerSizes(heads, head_dim, groups, state_size, 1e-5, group_size, dt_limit=limit)
+    operands = make_operands(sizes, batch, length, width, taps, **kind)
+    seq_idx = random_packing(batch, length) if packed else None
+    return errors_of(operands, sizes, frozen, seq_idx=seq_idx, recompute=recompute)
+
+
+@pytest.fixture(scope="module")
+def toy_errors() -> Errors:
+    pytest.importorskip("triton")
+    return errors_under_interpreter(__name__)
+
+
+def assert_within_tolerance(errors: dict[str, float], dtype: torch.dtype) -> None:
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCES[dtype]}
+    assert not wrong
+
+
+@pytest.mark.parametrize("case", list(TOY_CASES))
+def test_kernels_under_the_interpreter(toy_errors: Errors, case: str) -> None:
+    assert_within_tolerance(toy_errors[case], TOY_CASES[case].get("dtype", FP32))
+
+
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@DTYPES
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"width": None, "bare": True},
+        {"groups": 2, "heads": 6, "length": 65},
+        # rows of the projection begin at odd numbers of elements
+        {"heads": 3, "head_dim": 40, "state_size": 24},
+        {"packed": True},
+        {"heads": 24, "length": 2048, "batch": 2},
+    ],
+    ids=["with-projection", "bare", "groups", "P40-N24", "packed", "mamba2-130m"],
+)
+def test_gradients_on_gpu(case: dict[str, Any], recompute: bool, dtype: torch.dtype) -> None:
+    kind = {"batch": 2, "length": 257, "heads": 4, "head_dim": 64, "groups": 1, "state_size": 128, "width": 96} | case
+    packed, bare = kind.pop("packed", False), kind.pop("bare", False)
+    batch, length, width = kind.pop("batch"), kind.pop("length"), kind.pop("width")
+    sizes = MixerSizes(**kind, eps=1e-5, group_size=kind["heads"] * kind["head_dim"] // kind["groups"])
+    operands = make_operands(sizes, batch, length, width, 4, dtype=dtype, device="cuda", bare=bare)
+    seq_idx = random_packing(batch, length, device="cuda", often=40) if packed else None
+    assert_within_tolerance(errors_of(operands, sizes, seq_idx=seq_idx, recompute=recompute), dtype)
+
+
+def test_the_width_of_the_projection_is_checked() -> None:
+    sizes = MixerSizes(2, 4, 1, 3, 1e-5, 8)
+    with pytest.raises(ValueError, match="projected"):
+        mamba2_inner(torch.randn(1, 2, 5), torch.randn(14, 4), None, -torch.rand(2), None, None, torch.ones(8), sizes)
+
+
+def test_second_derivatives_are_refused() -> None:
+    sizes = MixerSizes(2, 4, 1, 3, 1e-5, 8)
+    projected = torch.randn(1, 3, sum(sizes.widths), requires_grad=True)
+    y = mamba2_inner(projected, torch.randn(14, 4), None, -torch.rand(2), None, None, torch.ones(8), sizes)
+    (gradient,) = torch.autograd.grad(y.sum(), projected, create_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        gradient.sum().backward()
+
+
+if __name__ == "__main__":
+    print_errors(run_toy_case, TOY_CASES)
