@@ -79,11 +79,12 @@ class SelectiveScanMixer(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | None,
         cache: Cache | None = None,
         seq_idx: Tensor | None = None,
         real: Tensor | None = None,
         A: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> Tensor:
         """Mix over time.
 
@@ -94,10 +95,14 @@ class SelectiveScanMixer(nn.Module):
             real: (B, L, 1) in the dtype of `hidden_states`, 0 at padding in front of a row and 1 behind, where
                 `hidden_states` is 0 at padding and there is no state yet; see `pads_in_front`. Without gradients only.
             A: `-exp(A_log)`, from a caller that has computed it for all layers at once.
+            projected: the output of `in_proj`, from a caller that has computed it; `hidden_states` is not looked at then.
         """
-        x, z = project(self.in_proj, hidden_states).chunk(2, dim=-1)
+        if projected is None:
+            assert hidden_states is not None
+            projected = project(self.in_proj, hidden_states)
+        x, z = projected.chunk(2, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
-        if ssm_state is not None and can_step(hidden_states, seq_idx):
+        if ssm_state is not None and can_step(projected, seq_idx):
             x = self.conv1d(x[:, 0], conv_state=conv_state)
             dt, B, C, dt_bias = self._ssm_parameters(x)
             y: Any = selective_state_update(

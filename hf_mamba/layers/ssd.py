@@ -80,11 +80,12 @@ class SSDMixer(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | None,
         cache: Cache | None = None,
         seq_idx: Tensor | None = None,
         real: Tensor | None = None,
         A: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> Tensor:
         """Mix over time.
 
@@ -95,15 +96,18 @@ class SSDMixer(nn.Module):
             real: (B, L, 1) in the dtype of `hidden_states`, 0 at padding in front of a row and 1 behind, where
                 `hidden_states` is 0 at padding and there is no state yet; see `pads_in_front`. Without gradients only.
             A: `-exp(A_log)`, from a caller that has computed it for all layers at once.
+            projected: the output of `in_proj`, from a caller that has computed it; `hidden_states` is not looked at then.
         """
         widths = [self.intermediate_size, self.conv_dim, self.num_heads]
-        projected = project(self.in_proj, hidden_states)
+        if projected is None:
+            assert hidden_states is not None
+            projected = project(self.in_proj, hidden_states)
         if cache is None and real is None and self._is_fused(projected):
             return self._run_fused(projected, seq_idx)
         z, xBC, dt = projected.split(widths, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
         A = -torch.exp(self.A_log.float()) if A is None else A
-        if ssm_state is not None and can_step(hidden_states, seq_idx):
+        if ssm_state is not None and can_step(projected, seq_idx):
             x, B, C = self._split(self.conv1d(xBC[:, 0], conv_state=conv_state))
             y: Any = ssd_state_update(
                 ssm_state,

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from mamba_kernels import add_rms_norm
+from mamba_kernels.mixer import add_norm_linear, projections_are_fused
 
 from ..cache import MAX_REPLAY, RecurrentCache
 from ..cache_names import CACHE_NAMES
@@ -31,7 +32,7 @@ from ..integrations.remote_code import published_config, write_shim
 from ..integrations.weight_files import explain_loading_error
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
 from ..layers.fused_step import fused_step
-from ..layers.linear import is_unhooked
+from ..layers.linear import is_plain_linear, is_unhooked
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
 from .inputs import (
     check_cache,
@@ -87,6 +88,16 @@ def _has_forward_of_block(kind: type[nn.Module]) -> bool:
 def _is_plain_norm(norm: Any, dtype: torch.dtype) -> bool:
     """Whether calling `norm` is an `rms_norm` with a result in `dtype`."""
     return type(norm) is RMSNorm and is_unhooked(norm) and norm.weight.dtype == dtype
+
+
+def _projects_at_once(mixer: Any, update: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the first projection of a mixer is made together with the norm before it, which training on a GPU does."""
+    if type(mixer) not in (SelectiveScanMixer, SSDMixer) or not is_unhooked(mixer):
+        return False
+    first = mixer.in_proj
+    if not is_plain_linear(first) or not is_unhooked(first) or not first.weight.dtype == update.dtype == dtype:
+        return False
+    return projections_are_fused(update, first.weight)
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -466,6 +477,18 @@ class RecurrentModel(RecurrentPreTrainedModel):
             if decays is not None:
                 options["A"] = decays[index]
             dtype = torch.float32 if block.residual_in_fp32 else update.dtype if residual is None else residual.dtype
+            if cache is None and _projects_at_once(block.mixer, update, plain):
+                projected, residual = add_norm_linear(
+                    update,
+                    residual,
+                    block.norm.weight,
+                    block.mixer.in_proj.weight,
+                    block.mixer.in_proj.bias,
+                    eps=block.norm.variance_epsilon,
+                    residual_dtype=dtype,
+                )
+                update = block.mixer(None, seq_idx=layout.seq_idx, projected=projected, **options)
+                continue
             normed, residual = add_rms_norm(
                 update, residual, block.norm.weight, eps=block.norm.variance_epsilon, residual_dtype=dtype
             )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_mamba.layers import selective_scan, ssd
+from hf_mamba.models import recurrent
 from mamba_kernels import backend
 
 from ..ops.interpreter import Errors, errors_under_interpreter, print_errors
@@ -24,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"checkpointed": True, "lean": True},
     "hooked-projection": {"hooked": "out_proj"},
     "hooked-convolution": {"hooked": "conv1d"},
+    "hooked-first-projection": {"hooked": "in_proj"},
     "frozen": {"frozen": "out_proj"},
 }
 KINDS = ("mamba2",)
@@ -38,6 +40,7 @@ def one_by_one() -> Iterator[None]:
         for module in (ssd, selective_scan):
             if hasattr(module, "mixers_are_fused"):
                 patch.setattr(module, "mixers_are_fused", lambda *_, **__: False)
+        patch.setattr(recurrent, "projections_are_fused", lambda *_: False)
         yield
 
 
@@ -65,6 +68,7 @@ def errors_of(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     seen: list[int] = []
     fused: list[int] = []
+    joined: list[int] = []
     for layer in model.backbone.layers:
         if hooked is not None:
             getattr(layer.mixer, hooked).register_forward_hook(lambda *_: seen.append(1))
@@ -75,7 +79,12 @@ def errors_of(
             for kind_of_mixer in MIXERS:
                 run = kind_of_mixer._run_fused
                 patch.setattr(kind_of_mixer, "_run_fused", lambda *args, _run=run: fused.append(1) or _run(*args))
+            join = recurrent.add_norm_linear
+            patch.setattr(
+                recurrent, "add_norm_linear", lambda *args, **options: joined.append(1) or join(*args, **options)
+            )
             actual = gradients_of(model, device, packed)
+        assert len(joined) == (0 if checkpointed or hooked == "in_proj" else 1)
         # a checkpoint runs it twice
         assert len(fused) == (0 if hooked == "conv1d" else 2 if checkpointed else 1)
         assert len(seen) == (0 if hooked is None else len(model.backbone.layers))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mamba_kernels import backend
-from mamba_kernels.mixer import MixerSizes, mamba2_inner
+from mamba_kernels.mixer import MixerSizes, add_norm_linear, mamba2_inner
 
 from .comparison import TOLERANCES
 from .interpreter import Errors, errors_under_interpreter, print_errors
@@ -194,5 +194,72 @@ def test_second_derivatives_are_refused() -> None:
         gradient.sum().backward()
 
 
+def run_projection(
+    dtype: torch.dtype = FP32,
+    residual_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    width: int = 20,
+    rows: int = 7,
+    unused: str | None = None,
+) -> dict[str, float]:
+    """Errors of `add_norm_linear` in Triton against fp64; `residual_dtype` None leaves the residual out."""
+    torch.manual_seed(1)
+    values: dict[str, Tensor | None] = {
+        "x": torch.randn(2, rows, width, device=device).to(dtype),
+        "residual": None if residual_dtype is None else torch.randn(2, rows, width, device=device).to(residual_dtype),
+        "norm_weight": torch.randn(width, device=device).to(dtype),
+        "weight": (torch.randn(24, width, device=device) / width**0.5).to(dtype),
+        "bias": torch.randn(24, device=device).to(dtype),
+    }
+    weights = [torch.randn(2, rows, 24, device=device), torch.randn(2, rows, width, device=device)]
+    found = []
+    for name, given in (
+        ("triton", values),
+        ("eager", {k: None if v is None else v.double() for k, v in values.items()}),
+    ):
+        leaves = {key: None if v is None else v.detach().clone().requires_grad_() for key, v in given.items()}
+        # the residual stream may be wider than what is added to it
+        stream = torch.float64 if name == "eager" else torch.float32
+        with backend(name):
+            outputs = add_norm_linear(**leaves, residual_dtype=stream)
+        used = [(y, w.to(y.dtype)) for i, (y, w) in enumerate(zip(outputs, weights, strict=True)) if str(i) != unused]
+        torch.autograd.backward([y for y, _ in used], [w for _, w in used])
+        grads = {
+            f"gradient of {k}": leaf.grad for k, leaf in leaves.items() if leaf is not None and leaf.grad is not None
+        }
+        found.append({"projected": outputs[0].detach(), "total": outputs[1].detach(), **grads})
+    assert found[0].keys() == found[1].keys()
+    return {name: relative_error(found[0][name], want) for name, want in found[1].items()}
+
+
+PROJECTIONS: dict[str, dict[str, Any]] = {
+    "projection": {"residual_dtype": FP32},
+    "projection-without-residual": {},
+    "projection-of-the-sum-alone": {"residual_dtype": FP32, "unused": "1"},
+    "the-sum-alone": {"residual_dtype": FP32, "unused": "0"},
+    "fp16-projection": {"residual_dtype": FP32, "dtype": FP16},
+    "fp16-projection-and-residual": {"residual_dtype": FP16, "dtype": FP16},
+}
+
+
+@pytest.mark.parametrize("case", list(PROJECTIONS))
+def test_projections_under_the_interpreter(toy_errors: Errors, case: str) -> None:
+    assert_within_tolerance(toy_errors[case], PROJECTIONS[case].get("dtype", FP32))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("width", [768, 2560])
+@pytest.mark.parametrize("case", list(PROJECTIONS))
+def test_projections_on_gpu(case: str, width: int) -> None:
+    kind = PROJECTIONS[case]
+    errors = run_projection(**kind, device="cuda", width=width, rows=257)
+    assert_within_tolerance(errors, kind.get("dtype", FP32))
+
+
 if __name__ == "__main__":
-    print_errors(run_toy_case, TOY_CASES)
+    print_errors(
+        lambda kind, **case: (run_projection if kind == "projection" else run_toy_case)(**case),
+        {name: {"kind": "mixer", **case} for name, case in TOY_CASES.items()}
+        | {name: {"kind": "projection", **case} for name, case in PROJECTIONS.items()},
+    )

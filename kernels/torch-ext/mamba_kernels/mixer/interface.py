@@ -1,4 +1,4 @@
-"""What lies between the projections of a Mamba-2 layer, as one function.
+"""What lies between the projections of a Mamba-2 layer as one function, and what lies before the first one as another.
 
 Values are those of `causal_conv1d`, `ssd_chunk_scan` and `rms_norm_gated` one after the other, and on everything but a GPU
 that is what runs. In Triton, backward has one gradient of the projection, which all ops write into, where autograd would join
@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from ..causal_conv1d import causal_conv1d
 from ..checks import check_shape, check_tensor
 from ..dispatch import left_to_eager, on_device, select
-from ..norm import rms_norm_gated
+from ..norm import add_rms_norm, rms_norm_gated
 from ..ssd import ssd_chunk_scan
 
-__all__ = ["MixerSizes", "mamba2_inner", "mixers_are_fused"]
+__all__ = ["MixerSizes", "add_norm_linear", "mamba2_inner", "mixers_are_fused", "projections_are_fused"]
 
 OP = "mamba2_inner"
 
@@ -45,18 +45,72 @@ class MixerSizes(NamedTuple):
         return inner, inner + 2 * self.groups * self.state_size, self.heads
 
 
-def mixers_are_fused(*values: Tensor | None, state_size: int, taps: int) -> bool:
-    """Whether the functions of this module run as one: in Triton, with a gradient, and outside of torch.compile and autocast."""
-    first = next(value for value in values if value is not None)
-    device = first.device
+def _trains_in_triton(ops: tuple[str, ...], *values: Tensor | None) -> bool:
+    """Whether `ops` run in Triton, with a gradient, and outside of torch.compile and autocast."""
+    device = next(value.device for value in values if value is not None)
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
         return False
     if not any(value is not None and value.requires_grad for value in values):
         return False
+    return all(select(op, device) == "triton" for op in ops)
+
+
+def mixers_are_fused(projected: Tensor, *others: Tensor | None, state_size: int, taps: int) -> bool:
+    """Whether `mamba2_inner` of such operands runs as one function."""
     ops = ("causal_conv1d", "ssd_chunk_scan", "rms_norm_gated")
-    if any(select(op, device) != "triton" for op in ops):
+    if not _trains_in_triton(ops, projected, *others):
         return False
-    return not left_to_eager(first, *values, state_size=state_size, taps=taps)
+    return not left_to_eager(projected, *others, state_size=state_size, taps=taps)
+
+
+def projections_are_fused(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether `add_norm_linear` of such operands runs as one function."""
+    return _trains_in_triton(("add_rms_norm",), x, *others) and not left_to_eager(x, *others)
+
+
+def add_norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` and a linear layer of its first result: a block's entry and the first projection of its mixer.
+
+    In Triton what the norm gives is not kept; its backward makes it again.
+
+    Args:
+        x: (B, L, d), the output of the block before.
+        residual: (B, L, d), any floating dtype, or None at the first block.
+        norm_weight: (d,).
+        weight: (M, d) in the dtype of `x`. bias: (M,) or None.
+        eps: added to the mean square.
+        residual_dtype: dtype of the new residual; None takes that of `residual`, or of `x` where there is none.
+
+    Returns:
+        The projection (B, L, M) in x.dtype and the sum (B, L, d) in `residual_dtype`.
+
+    Differentiable in every tensor, through both outputs, once.
+
+    Example:
+        >>> import torch
+        >>> from mamba_kernels.mixer import add_norm_linear
+        >>> x = torch.randn(1, 3, 4)
+        >>> projected, residual = add_norm_linear(x, torch.ones(1, 3, 4), torch.ones(4), torch.randn(6, 4))
+        >>> print(tuple(projected.shape), tuple(residual.shape))
+        (1, 3, 6) (1, 3, 4)
+    """
+    if residual_dtype is None:
+        residual_dtype = x.dtype if residual is None else residual.dtype
+    if residual_dtype != torch.float64 and projections_are_fused(x, residual, norm_weight, weight, bias):
+        from .triton_projection import AddNormLinearTritonFunction
+
+        with on_device(x.device):
+            return AddNormLinearTritonFunction.apply(x, residual, norm_weight, weight, bias, eps, residual_dtype)
+    normed, total = add_rms_norm(x, residual, norm_weight, eps=eps, residual_dtype=residual_dtype)
+    return F.linear(normed, weight, bias), total
 
 
 def mamba2_inner(
