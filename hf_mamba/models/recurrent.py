@@ -216,7 +216,8 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         """Do nothing: a saved model refers to the installed package, so no code is to be copied beside it."""
 
     def set_lean_training(self, share: float = 1.0) -> None:
-        """Whether layers compute again in backward what takes little time, in place of keeping it: the convolution's output.
+        """Whether layers compute again in backward what takes little time, in place of keeping it: the convolution's output
+        and, in Mamba, the steps.
 
         Has an effect where the kernels run. Gradient checkpointing keeps less still and computes whole layers twice.
 

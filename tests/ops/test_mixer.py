@@ -5,6 +5,7 @@ Tests marked `gpu` run the compiled kernels. The others run the same kernels und
 
 import importlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba_kernels import backend
-from mamba_kernels.mixer import MixerSizes, add_norm_linear, mamba2_inner
+from mamba_kernels.mixer import MixerSizes, add_norm_linear, interface, mamba2_inner, mamba_inner
 
 from .comparison import TOLERANCES
 from .interpreter import Errors, errors_under_interpreter, print_errors
@@ -67,7 +68,12 @@ def make_operands(
 
 
 def gradients_of(
-    name: str, operands: dict[str, Tensor | None], weights: Tensor, frozen: tuple[str, ...], **options: Any
+    name: str,
+    operands: dict[str, Tensor | None],
+    weights: Tensor,
+    frozen: tuple[str, ...],
+    op: Callable[..., Tensor] = mamba2_inner,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """The output and the gradient of every operand, with a backend."""
     leaves = {
@@ -75,7 +81,7 @@ def gradients_of(
         for key, value in operands.items()
     }
     with backend(name):
-        y = mamba2_inner(**leaves, **options)
+        y = op(**leaves, **options)
         y.backward(weights.to(y.dtype))
     found = {f"gradient of {key}": leaf.grad for key, leaf in leaves.items() if leaf is not None and key not in frozen}
     assert all(gradient is not None for gradient in found.values())
@@ -90,9 +96,21 @@ def errors_of(
     assert projected is not None
     last = sizes.widths[0] if out_weight is None else out_weight.shape[0]
     weights = torch.randn(*projected.shape[:2], last, device=projected.device)
-    actual = gradients_of("triton", operands, weights, frozen, sizes=sizes, **options)
-    double = {name: None if value is None else value.double() for name, value in operands.items()}
-    expected = gradients_of("eager", double, weights.double(), frozen, sizes=sizes, **options)
+    return errors_beside(operands, weights, frozen, sizes=sizes, **options)
+
+
+def errors_beside(
+    operands: dict[str, Tensor | None], weights: Tensor, frozen: tuple[str, ...], **options: Any
+) -> dict[str, float]:
+    """Errors against fp64. On a GPU in 16 bits, where what passes from op to op is rounded, against the kernels one by one."""
+    actual = gradients_of("triton", operands, weights, frozen, **options)
+    if weights.is_cuda and next(iter(operands.values())).dtype != FP32:  # type: ignore[union-attr]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interface, "mixers_are_fused", lambda *_, **__: False)
+            expected = gradients_of("triton", operands, weights, frozen, **options)
+    else:
+        double = {name: None if value is None else value.double() for name, value in operands.items()}
+        expected = gradients_of("eager", double, weights.double(), frozen, **options)
     return {name: relative_error(actual[name], want) for name, want in expected.items()}
 
 
@@ -232,6 +250,86 @@ def run_projection(
     return {name: relative_error(found[0][name], want) for name, want in found[1].items()}
 
 
+def run_mamba(
+    batch: int = 2,
+    length: int = 9,
+    width: int = 6,
+    size: int = 4,
+    rank: int = 2,
+    model: int = 5,
+    dtype: torch.dtype = FP32,
+    device: str = "cpu",
+    bare: bool = False,
+    packed: bool = False,
+    recompute: bool = False,
+    frozen: tuple[str, ...] = (),
+    chunk: int | None = 4,
+) -> dict[str, float]:
+    """Errors of `mamba_inner` in Triton against fp64; `chunk` makes programs small enough to have several of everything."""
+    if chunk is not None:
+        forward = importlib.import_module("mamba_kernels.selective_scan.triton_forward")
+        backward = importlib.import_module("mamba_kernels.selective_scan.triton_backward")
+        chain = importlib.import_module("mamba_kernels.selective_scan.triton_chain")
+        tuning = forward.Tuning(channels=4, tile=2)
+        forward.FORWARD = chain.CHUNK_STATES = backward.BACKWARD = backward.SWEEP = backward.GRADIENT_SWEEP = tuning
+        forward.LARGEST_TILE, forward.SHORTEST_CHUNK, forward.LONGEST_CHUNK = 2, chunk, chunk
+        forward.UNSPLIT_PROGRAMS = 1 << 30
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    operands: dict[str, Tensor | None] = {
+        "projected": normal(batch, length, 2 * width).to(dtype),
+        "conv_weight": normal(width, 4).to(dtype),
+        "conv_bias": None if bare else normal(width).to(dtype),
+        "x_weight": (normal(rank + 2 * size, width) / width**0.5).to(dtype),
+        "dt_weight": (normal(width, rank) / rank**0.5).to(dtype),
+        "dt_bias": None if bare else normal(width).to(dtype),
+        "A": -2 * torch.rand(width, size, device=device),
+        "D": None if bare else normal(width),
+        "out_weight": (normal(model, width) / width**0.5).to(dtype),
+        "out_bias": None if bare else normal(model).to(dtype),
+    }
+    seq_idx = random_packing(batch, length, device) if packed else None
+    weights = normal(batch, length, model)
+    return errors_beside(operands, weights, frozen, op=mamba_inner, seq_idx=seq_idx, recompute=recompute)
+
+
+MAMBA: dict[str, dict[str, Any]] = {
+    "mamba": {},
+    "mamba-recomputed": {"recompute": True},
+    "mamba-bare": {"bare": True},
+    "mamba-one-token": {"length": 1},
+    "mamba-seq-idx": {"packed": True, "recompute": True},
+    "mamba-frozen": {"frozen": ("x_weight", "dt_weight", "out_weight", "out_bias")},
+    "mamba-fp16": {"dtype": FP16, "recompute": True},
+}
+
+
+@pytest.mark.parametrize("case", list(MAMBA))
+def test_mamba_under_the_interpreter(toy_errors: Errors, case: str) -> None:
+    assert_within_tolerance(toy_errors[case], MAMBA[case].get("dtype", FP32))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@DTYPES
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"bare": True, "length": 65},
+        {"packed": True},
+        {"width": 1536, "rank": 48, "length": 2048, "model": 768},
+    ],
+    ids=["whole", "bare", "packed", "mamba-130m"],
+)
+def test_mamba_on_gpu(case: dict[str, Any], recompute: bool, dtype: torch.dtype) -> None:
+    sizes = {"length": 257, "width": 192, "size": 16, "rank": 12, "model": 96} | case
+    assert_within_tolerance(run_mamba(**sizes, dtype=dtype, device="cuda", recompute=recompute, chunk=None), dtype)
+
+
 PROJECTIONS: dict[str, dict[str, Any]] = {
     "projection": {"residual_dtype": FP32},
     "projection-without-residual": {},
@@ -258,8 +356,8 @@ def test_projections_on_gpu(case: str, width: int) -> None:
 
 
 if __name__ == "__main__":
+    kinds = ((run_toy_case, TOY_CASES), (run_projection, PROJECTIONS), (run_mamba, MAMBA))
     print_errors(
-        lambda kind, **case: (run_projection if kind == "projection" else run_toy_case)(**case),
-        {name: {"kind": "mixer", **case} for name, case in TOY_CASES.items()}
-        | {name: {"kind": "projection", **case} for name, case in PROJECTIONS.items()},
+        lambda run, **case: run(**case),
+        {name: {"run": run, **case} for run, cases in kinds for name, case in cases.items()},
     )

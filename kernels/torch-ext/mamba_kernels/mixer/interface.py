@@ -1,6 +1,6 @@
-"""What lies between the projections of a Mamba-2 layer as one function, and what lies before the first one as another.
+"""What lies behind the first projection of a layer as one function, and what lies before the first one as another.
 
-Values are those of `causal_conv1d`, `ssd_chunk_scan` and `rms_norm_gated` one after the other, and on everything but a GPU
+Values are those of the ops one after the other, and on everything but a GPU
 that is what runs. In Triton, backward has one gradient of the projection, which all ops write into, where autograd would join
 theirs; and the input of the last projection, needed for the gradient of its weight alone, is made again by the norm's backward in
 place of being kept.
@@ -19,11 +19,22 @@ from ..causal_conv1d import causal_conv1d
 from ..checks import check_shape, check_tensor
 from ..dispatch import left_to_eager, on_device, select
 from ..norm import add_rms_norm, rms_norm_gated
+from ..selective_scan import selective_scan
 from ..ssd import ssd_chunk_scan
 
-__all__ = ["MixerSizes", "add_norm_linear", "mamba2_inner", "mixers_are_fused", "projections_are_fused"]
+__all__ = [
+    "MAMBA2_OPS",
+    "MAMBA_OPS",
+    "MixerSizes",
+    "add_norm_linear",
+    "mamba2_inner",
+    "mamba_inner",
+    "mixers_are_fused",
+    "projections_are_fused",
+]
 
-OP = "mamba2_inner"
+MAMBA_OPS = ("causal_conv1d", "selective_scan")
+MAMBA2_OPS = ("causal_conv1d", "ssd_chunk_scan", "rms_norm_gated")
 
 
 class MixerSizes(NamedTuple):
@@ -55,9 +66,10 @@ def _trains_in_triton(ops: tuple[str, ...], *values: Tensor | None) -> bool:
     return all(select(op, device) == "triton" for op in ops)
 
 
-def mixers_are_fused(projected: Tensor, *others: Tensor | None, state_size: int, taps: int) -> bool:
-    """Whether `mamba2_inner` of such operands runs as one function."""
-    ops = ("causal_conv1d", "ssd_chunk_scan", "rms_norm_gated")
+def mixers_are_fused(
+    projected: Tensor, *others: Tensor | None, state_size: int, taps: int, ops: tuple[str, ...] = MAMBA2_OPS
+) -> bool:
+    """Whether `mamba2_inner` of such operands runs as one function, or `mamba_inner` with `MAMBA_OPS`."""
     if not _trains_in_triton(ops, projected, *others):
         return False
     return not left_to_eager(projected, *others, state_size=state_size, taps=taps)
@@ -158,8 +170,8 @@ def mamba2_inner(
         >>> print(tuple(y.shape))
         (1, 6, 8)
     """
-    check_tensor(OP, "projected", projected)
-    check_shape(OP, "projected", projected, (None, None, sum(sizes.widths)), "(B, L, 2 D' + 2 G N + H)")
+    check_tensor("mamba2_inner", "projected", projected)
+    check_shape("mamba2_inner", "projected", projected, (None, None, sum(sizes.widths)), "(B, L, 2 D' + 2 G N + H)")
     floats = (projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, out_weight, out_bias)
     if mixers_are_fused(*floats, state_size=sizes.state_size, taps=conv_weight.shape[1]):
         from .triton_mamba2 import mamba2_inner_triton
@@ -184,3 +196,61 @@ def mamba2_inner(
     )
     normed = rms_norm_gated(y.flatten(-2), norm_weight, z, eps=sizes.eps, group_size=sizes.group_size)
     return normed if out_weight is None else F.linear(normed, out_weight, out_bias)
+
+
+def mamba_inner(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None = None,
+    silu: bool = True,
+    seq_idx: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Everything of a Mamba layer behind its first projection (arXiv 2312.00752, section 3.4): (B, L, 2 D) → (B, L, d).
+
+    Args:
+        projected: (B, L, 2 D), in the order x, z. All projections have its dtype.
+        conv_weight: (D, W). conv_bias: (D,) or None.
+        x_weight: (R + 2 N, D), the projection to the steps' R numbers, B and C.
+        dt_weight: (D, R). dt_bias: (D,) or None, added in fp32.
+        A: (D, N), negative. D: (D,) or None.
+        out_weight: (d, D). out_bias: (d,) or None.
+        silu: after the convolution.
+        seq_idx: (B, L) integer, the number of each token's sequence; negative = padding.
+        recompute: compute the output of the convolution and the steps once more in backward in place of keeping them: 2 B L D
+            elements less for the time of one convolution and one small product. Without effect where the ops run one by one.
+
+    Differentiable in every floating tensor, once.
+
+    Raises:
+        TypeError: `projected` is no tensor.
+        ValueError: its width is another.
+
+    Example:
+        >>> import torch
+        >>> from mamba_kernels.mixer import mamba_inner
+        >>> x, conv, steps = torch.randn(1, 6, 8), torch.randn(4, 4), torch.randn(4, 2)
+        >>> y = mamba_inner(x, conv, None, torch.randn(8, 4), steps, None, -torch.rand(4, 3), None, torch.randn(5, 4))
+        >>> print(tuple(y.shape))
+        (1, 6, 5)
+    """
+    check_tensor("mamba_inner", "projected", projected)
+    check_shape("mamba_inner", "projected", projected, (None, None, 2 * A.shape[0]), "(B, L, 2 D)")
+    floats = (projected, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D, out_weight, out_bias)
+    if mixers_are_fused(*floats, state_size=A.shape[1], taps=conv_weight.shape[1], ops=MAMBA_OPS):
+        from .triton_mamba import mamba_inner_triton
+
+        with on_device(projected.device):
+            return mamba_inner_triton(*floats, silu, seq_idx, recompute)
+    x, z = projected.chunk(2, dim=-1)
+    x = causal_conv1d(x, conv_weight, conv_bias, activation="silu" if silu else None, seq_idx=seq_idx)
+    steps, B, C = F.linear(x, x_weight).split([dt_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
+    y = selective_scan(x, F.linear(steps, dt_weight), A, B, C, D=D, z=z, dt_bias=dt_bias, seq_idx=seq_idx)
+    return F.linear(y, out_weight, out_bias)

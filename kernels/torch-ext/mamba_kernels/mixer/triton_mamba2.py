@@ -132,7 +132,7 @@ class Mamba2InnerTritonFunction(torch.autograd.Function):
         ) = ctx.saved_tensors
         sizes, layout = ctx.sizes, Layout(numbers, None, ends)
         wants_norm, wants_out, wants_out_bias = ctx.needs_input_grad[6:9]
-        grad_projected = torch.empty_like(projected)
+        grad_projected = projected.new_empty(projected.shape)
         z, xBC, dt = projected.split(sizes.widths, dim=-1)
         grad_z, grad_xBC, grad_dt = grad_projected.split(sizes.widths, dim=-1)
         grad_out_weight = grad_out_bias = normed = None
