@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..launch import launch
 from ..reduction import sum_partials
-from .triton_forward import Tuning, as_rows, contiguous_like, load, store_normed, tile_of
+from .triton_forward import Tuning, as_rows, contiguous_like, load, scaled, tile_of
 
 __all__ = ["norm_backward"]
 
@@ -91,12 +91,12 @@ def _gradients(
 
 
 @triton.jit
-def _store_again(y, normed, extra, weight, mask, channel_mask, EXTRA: tl.constexpr, HAS_WEIGHT: tl.constexpr):
-    """The output, from the normalised value and z."""
+def _store_again(y, normed, extra, scale, mask, EXTRA: tl.constexpr):
+    """The output, from the normalised value, z and the weight."""
     gate = 1.0
     if EXTRA == "gate last":
         gate = extra * tl.sigmoid(extra)
-    store_normed(y, normed, gate, weight, mask, channel_mask, EXTRA, HAS_WEIGHT)
+    tl.store(y, scaled(normed, gate, scale, y.dtype.element_ty, EXTRA), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])
@@ -158,6 +158,10 @@ def _rms_norm_bwd_kernel(
         is_channel = column < W
         d = column.to(tl.int64)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
+        # loaded in the loop once more, it would take shared memory for each row in flight
+        scale = 1.0
+        if HAS_Y and HAS_WEIGHT:
+            scale = load(weight + column, is_channel)
         for start in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
             row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
             mask = (row < rows) & is_channel
@@ -194,7 +198,7 @@ def _rms_norm_bwd_kernel(
             if HAS_DEXTRA:
                 tl.store(dextra + row * stride_dextra_r + column, b_dextra.to(dextra.dtype.element_ty), mask=mask)
             if HAS_Y:
-                _store_again(y + out, value * inverse, b_extra, weight + column, mask, is_channel, EXTRA, HAS_WEIGHT)
+                _store_again(y + out, value * inverse, b_extra, scale, mask, EXTRA)
             if HAS_DWEIGHT:
                 total += b_dweight
         if HAS_DWEIGHT:
@@ -257,7 +261,10 @@ def _rms_norm_bwd_kernel(
                 if HAS_DEXTRA:
                     tl.store(dextra + row * stride_dextra_r + c, b_dextra.to(dextra.dtype.element_ty), mask=mask)
                 if HAS_Y:
-                    _store_again(y + out, value * inverse, b_extra, weight + c, mask, mask, EXTRA, HAS_WEIGHT)
+                    scale = 1.0
+                    if HAS_WEIGHT:
+                        scale = load(weight + c, mask)
+                    _store_again(y + out, value * inverse, b_extra, scale, mask, EXTRA)
                 if HAS_DWEIGHT:
                     # this program's own row, which is too long for registers
                     before = tl.load(partials + c, mask=mask & (row != program), other=0.0)
