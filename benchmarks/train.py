@@ -74,7 +74,7 @@ LORA = {"r": 16, "target_modules": ["in_proj"]}
 # of "part_checkpointing": every so many blocks are computed again
 CHECKPOINTED = 3
 # of "part_lean": the share of the layers that compute again what takes little time
-LEAN_SHARE = 0.25
+LEAN_SHARE = 1 / 3
 # tokens of a step where --batch does not say otherwise
 TOKENS = {"cuda": 16384, "cpu": 2048}
 # dense bf16 of the datasheets of the SXM boards, by a part of the device's name

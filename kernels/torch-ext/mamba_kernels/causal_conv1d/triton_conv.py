@@ -156,7 +156,7 @@ def conv_backward(
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = torch.empty((batch * runs, taps + (bias is not None), channels), dtype=torch.float32, device=x.device)
-    flags = {"HAS_BIAS": bias is not None, "MARKS": ends is not None, "VARLEN": bounds is not None}
+    flags: dict[str, Any] = {"HAS_BIAS": bias is not None, "MARKS": ends is not None, "VARLEN": bounds is not None}
     flags |= {"STRIDE_D": weight.stride(0), "STRIDE_W": weight.stride(1)}
     operands = (
         x,

@@ -9,7 +9,7 @@ Symbols: B batch, L length, H heads, P head dim, D' = H P inner width, G groups,
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,10 +180,10 @@ def mamba2_inner(
             return mamba2_inner_triton(*floats, sizes, seq_idx, recompute)
     z, xBC, dt = projected.split(sizes.widths, dim=-1)
     activation = "silu" if sizes.silu else None
-    xBC = causal_conv1d(xBC, conv_weight, conv_bias, activation=activation, seq_idx=seq_idx)
+    convolved: Any = causal_conv1d(xBC, conv_weight, conv_bias, activation=activation, seq_idx=seq_idx)
     inner, states = sizes.widths[0], sizes.groups * sizes.state_size
-    x, B, C = xBC.split([inner, states, states], dim=-1)
-    y = ssd_chunk_scan(
+    x, B, C = convolved.split([inner, states, states], dim=-1)
+    y: Any = ssd_chunk_scan(
         x.unflatten(-1, (sizes.heads, sizes.head_dim)),
         dt,
         A,
@@ -250,7 +250,7 @@ def mamba_inner(
         with on_device(projected.device):
             return mamba_inner_triton(*floats, silu, seq_idx, recompute)
     x, z = projected.chunk(2, dim=-1)
-    x = causal_conv1d(x, conv_weight, conv_bias, activation="silu" if silu else None, seq_idx=seq_idx)
-    steps, B, C = F.linear(x, x_weight).split([dt_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
-    y = selective_scan(x, F.linear(steps, dt_weight), A, B, C, D=D, z=z, dt_bias=dt_bias, seq_idx=seq_idx)
+    convolved: Any = causal_conv1d(x, conv_weight, conv_bias, activation="silu" if silu else None, seq_idx=seq_idx)
+    steps, B, C = F.linear(convolved, x_weight).split([dt_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
+    y: Any = selective_scan(convolved, F.linear(steps, dt_weight), A, B, C, D=D, z=z, dt_bias=dt_bias, seq_idx=seq_idx)
     return F.linear(y, out_weight, out_bias)
