@@ -12,6 +12,7 @@ from ..selective_scan.triton_chain import chunk_table
 
 __all__ = [
     "Operands",
+    "Places",
     "Plan",
     "Tuning",
     "ceil_div",
@@ -62,6 +63,25 @@ class Operands(NamedTuple):
     cu_seqlens: Tensor | None
     dt_softplus: bool
     dt_limit: tuple[float, float] | None
+
+
+class Places(NamedTuple):
+    """Where gradients are to be written: slices of wider rows, in the dtypes of the operands. dx, dB and dC share their rows."""
+
+    x: Tensor  # (B, L, H, P)
+    dt: Tensor  # (B, L, H)
+    B: Tensor  # (B, L, G, N)
+    C: Tensor
+    # elements of a row; strides do not say where there is one token
+    row: int
+    row_of_dt: int
+
+    def projections(self) -> Tensor:
+        """B and C as one view (2, B, L, G, N)."""
+        offset = self.B.storage_offset()
+        batch, length, groups, size = self.B.shape
+        strides = (self.C.storage_offset() - offset, length * self.row, self.row, size, 1)
+        return self.B.as_strided((2, batch, length, groups, size), strides, offset)
 
 
 class Plan(NamedTuple):

@@ -1,6 +1,7 @@
 """The Triton SSD scan as a differentiable op: `ssd_chunk_scan_triton`."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from ..packing import remembered, segments_and_valid
 from .eager import ssd_chunk_scan_eager
 from .triton_backward import ssd_backward
 from .triton_forward import ssd_forward
-from .triton_plan import Operands, Plan, plan_of
+from .triton_plan import Operands, Places, Plan, plan_of
 
-__all__ = ["SSDChunkScanTritonFunction", "ssd_chunk_scan_triton"]
+__all__ = ["SSDChunkScanTritonFunction", "compile_scan", "marks_of", "ssd_chunk_scan_triton"]
 
 
 class SSDChunkScanTritonFunction(torch.autograd.Function):
@@ -41,7 +42,7 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         operands = _operands(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, dt_softplus, dt_limit)
         plan = plan_of(operands)
-        _compile_kernels(operands, plan, True, return_final_states)
+        compile_scan(operands, plan, True, return_final_states)
         y, final, starts = ssd_forward(operands, plan, True, return_final_states)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, starts)
         # zeros for the second output, where nobody asks for it, would be a launch
@@ -70,8 +71,12 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
         return (*found, None, None, None, None, None)
 
 
-def _marks_of(seq_idx: Tensor) -> Tensor:
+def marks_of(seq_idx: Tensor) -> Tensor:
     """`Operands.marks` of (B, L) sequence numbers."""
+    return remembered(seq_idx, "ssd_marks", lambda: _new_marks(seq_idx))
+
+
+def _new_marks(seq_idx: Tensor) -> Tensor:
     segments, valid = segments_and_valid(seq_idx)
     real = 1 if valid is None else valid.to(torch.int32)
     return segments.to(torch.int32) * 2 + real
@@ -114,8 +119,17 @@ def _operands(
     )
 
 
-def _compile_kernels(operands: Operands, plan: Plan, differentiable: bool, return_final_states: bool) -> None:
-    """Have the kernels of a call ready: one after the other they take twice as long to compile."""
+def compile_scan(
+    operands: Operands,
+    plan: Plan,
+    differentiable: bool,
+    return_final_states: bool,
+    places: Callable[[], Places] | None = None,
+) -> None:
+    """Have the kernels of a call ready: one after the other they take twice as long to compile.
+
+    `places` makes what backward is to be given.
+    """
     if torch.compiler.is_compiling():
         return
 
@@ -125,11 +139,11 @@ def _compile_kernels(operands: Operands, plan: Plan, differentiable: bool, retur
         given = operands if bounds is None else operands._replace(cu_seqlens=bounds.clone())
         y, final, starts = ssd_forward(given, plan, differentiable, return_final_states)
         if differentiable:
-            ssd_backward(given, plan, y, starts, final)
+            ssd_backward(given, plan, y, starts, final, None if places is None else places())
 
     kinds = [value if value is None else value.dtype for value in operands[:9]]
     per_channel = operands.D is not None and operands.D.dim() == 2
-    ways = (differentiable, return_final_states, plan.split, per_channel)
+    ways = (differentiable, return_final_states, plan.split, per_channel, places is not None)
     compile_together(
         ("ssd_chunk_scan", operands.x.device, *plan.meta(operands).values(), *kinds, *ways),
         launch,
@@ -182,8 +196,7 @@ def ssd_chunk_scan_triton(
         floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     marks = None
     if seq_idx is not None:
-        given = seq_idx
-        marks = remembered(given, "ssd_marks", lambda: _marks_of(given))
+        marks = marks_of(seq_idx)
     unlimited = (0.0, math.inf) if dt_softplus else (-math.inf, math.inf)
     limit = None if tuple(dt_limit) in (unlimited, (-math.inf, math.inf)) else (dt_limit[0], dt_limit[1])
     options = (marks, cu_seqlens, dt_softplus, limit)
@@ -192,6 +205,6 @@ def ssd_chunk_scan_triton(
         return (y, final) if return_final_states else y
     operands = _operands(*floats, *options)
     plan = plan_of(operands)
-    _compile_kernels(operands, plan, False, return_final_states)
+    compile_scan(operands, plan, False, return_final_states)
     y, states, _ = ssd_forward(operands, plan, False, return_final_states)
     return y if states is None else (y, states)
