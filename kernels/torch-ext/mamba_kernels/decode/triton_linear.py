@@ -166,8 +166,8 @@ def takes_one_launch(rows: int, elements: int, normed: bool, gated: bool, skinny
 
     Its time grows with the rows: with one output a program, as it has for 3 and 4 rows, every program reads and normalises x
     anew, in fp32 where the norm is. A second launch costs about 2 µs, which only a large weight gives back. Measured on an H100
-    in bf16 from 1.2 to 17 million elements (docs/performance.md), where 3 and 4 rows with a norm took 2.5 to 3.3 µs for a
-    million elements here; below that, and with z below 8 million, inferred.
+    in bf16 from 1.2 to 17 million elements (docs/performance.md), where 3 and 4 rows with a norm took 2 to 3 µs for a million
+    elements here; below that, and with z below 8 million, inferred.
 
     Args:
         skinny: whether the product would be that of `triton_skinny`, and not torch's.
