@@ -4,6 +4,7 @@ Tests marked `gpu` run the compiled kernels. The others run the same kernels und
 """
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -55,6 +56,32 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "mamba2-groups": {"op": MAMBA2, "groups": 2, "strided": True},
     "mamba2-limits": {"op": MAMBA2, "limit": (0.3, 0.9)},
     "mamba2-odd": {"op": MAMBA2, "heads": 3, "head_dim": 5, "size": 7},
+}
+
+# for the product on tensor cores, which takes fp32 under the interpreter if it is told to
+SKINNY_CASES: dict[str, dict[str, Any]] = {
+    "linear-skinny": {"op": LINEAR, "rows": 5},
+    "linear-skinny-two-tiles": {"op": LINEAR, "rows": 8, "inputs": 512, "outputs": 21, "bias": True},
+    "linear-skinny-odd-widths": {"op": LINEAR, "rows": 7, "inputs": 301, "outputs": 37, "norm": True},
+    "linear-skinny-many-outputs": {"op": LINEAR, "rows": 6, "inputs": 130, "outputs": 2050},
+    "linear-skinny-strided": {
+        "op": LINEAR,
+        "rows": 8,
+        "norm": True,
+        "gated": True,
+        "bias": True,
+        "residual": True,
+        "strided": True,
+    },
+    "linear-skinny-groups": {
+        "op": LINEAR,
+        "rows": 2,
+        "norm": True,
+        "gated": True,
+        "residual": True,
+        "inputs": 60,
+        "group_size": 20,
+    },
 }
 
 
@@ -142,15 +169,69 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float(difference / expected.double().square().mean().sqrt().clamp(min=1e-30))
 
 
+def interpreted_errors(skinny: bool = False, **case: Any) -> dict[str, float]:
+    """`errors`, and 0 as `product` if the skinny one ran where the case is for it, and only there."""
+    from mamba_kernels.decode import triton_rows, triton_skinny
+
+    dtypes = (FP32,) if skinny else triton_skinny.DTYPES
+    with (
+        mock.patch.object(triton_skinny, "DTYPES", dtypes),
+        mock.patch.object(triton_rows, "skinny_linear", wraps=triton_skinny.skinny_linear) as product,
+    ):
+        return errors(**case) | {"product": 0.0 if product.called == skinny else float("inf")}
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> Errors:
     return errors_under_interpreter(__name__)
 
 
-@pytest.mark.parametrize("case", TOY_CASES)
+@pytest.mark.parametrize("case", [*TOY_CASES, *SKINNY_CASES])
 def test_under_the_interpreter(interpreted: Errors, case: str) -> None:
     for name, error in interpreted[case].items():
         assert error <= 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("rows", "elements", "normed", "gated", "in_half", "in_fp32"),
+    [
+        (1, 1 << 26, True, True, True, True),
+        (2, 1 << 26, True, False, True, True),
+        (2, 1 << 21, True, True, True, True),
+        (2, 1 << 23, True, True, False, True),
+        (3, 1 << 15, True, False, True, True),
+        (3, 768 * 3072, True, False, False, True),
+        (4, 2048 * 8192, True, False, False, False),
+        (4, 1536 * 768, False, False, True, True),
+        (4, 5120 * 2560, False, False, False, True),
+        (5, 1 << 10, False, False, False, False),
+    ],
+)
+def test_which_products_are_one_launch(
+    rows: int, elements: int, normed: bool, gated: bool, in_half: bool, in_fp32: bool
+) -> None:
+    from mamba_kernels.decode.triton_linear import takes_one_launch
+
+    for skinny, expected in ((True, in_half), (False, in_fp32)):
+        assert takes_one_launch(rows, elements, normed, gated, skinny) == expected, skinny
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "dtype", "expected"),
+    [
+        (2, 768, 1536, BF16, True),
+        (8, 2560, 5120, FP16, True),
+        (9, 2560, 5120, FP16, False),
+        (1, 2560, 5120, FP16, False),
+        (4, 2560, 5120, FP32, False),
+        (8, 80, 1536, BF16, True),
+        (8, 192, 5120, BF16, False),
+    ],
+)
+def test_which_products_are_skinny(rows: int, outputs: int, inputs: int, dtype: torch.dtype, expected: bool) -> None:
+    from mamba_kernels.decode.triton_skinny import beats_the_library
+
+    assert beats_the_library(rows, torch.empty(outputs, inputs, dtype=dtype)) == expected
 
 
 # of published models: mamba-130m, mamba-2.8b, mamba2-2.7b, Codestral's groups, Falcon-Mamba
@@ -170,6 +251,8 @@ GPU_CASES: dict[str, dict[str, Any]] = {
         "group_size": 1024,
     },
     "head": {"op": LINEAR, "inputs": 768, "outputs": 50277, "bias": True},
+    "odd-large": {"op": LINEAR, "inputs": 2061, "outputs": 2051, "bias": True, "residual": True, "norm": True},
+    "odd-few-outputs": {"op": LINEAR, "inputs": 1100, "outputs": 70, "bias": True, "residual": True},
     "mamba-2.8b": {"op": MAMBA, "channels": 5120, "rank": 160},
     "mamba-falcon": {"op": MAMBA, "channels": 8192, "rank": 256, "norm_eps": 1e-5},
     "mamba2-2.7b": {"op": MAMBA2, "heads": 80, "head_dim": 64, "size": 128},
@@ -182,7 +265,7 @@ GPU_CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_on_a_gpu(case: str, dtype: torch.dtype) -> None:
-    for rows in (1, 2, 3, 4, 5, 9, 64):
+    for rows in (1, 2, 3, 4, 5, 8, 9, 64):
         torch.manual_seed(rows)
         for name, error in errors(**{"rows": rows, **GPU_CASES[case]}, dtype=dtype, device="cuda").items():
             assert error <= TOLERANCES[dtype], (name, rows)
@@ -254,7 +337,7 @@ def test_early_launches_have_the_same_bits(captured: bool, dtype: torch.dtype) -
             torch.zeros(rows, *shape, device="cuda", dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)
         ]
 
-    for rows in (1, 2, 4):
+    for rows in (1, 2, 4, 8):
         inputs = [normal(rows, channels) for _ in range(rounds)]
         states = new_states(rows)
         expected = [run(x, states) for x in inputs]
@@ -279,4 +362,6 @@ def test_early_launches_have_the_same_bits(captured: bool, dtype: torch.dtype) -
 
 
 if __name__ == "__main__":
-    print_errors(errors, TOY_CASES)
+    print_errors(
+        interpreted_errors, TOY_CASES | {name: {**case, "skinny": True} for name, case in SKINNY_CASES.items()}
+    )

@@ -24,8 +24,9 @@ from ..dispatch import MOST_ROWS, left_to_eager
 from ..early import launches_early
 from .eager import fused_linear_eager
 from .triton_rows import linear_of_many_rows
+from .triton_skinny import multiplies
 
-__all__ = ["Tuning", "choose", "fused_linear_triton"]
+__all__ = ["Tuning", "choose", "fused_linear_triton", "takes_one_launch"]
 
 
 class Tuning(NamedTuple):
@@ -43,6 +44,8 @@ TUNING = {1: Tuning(4, 1024, 4), 2: Tuning(2, 1024, 4), 4: Tuning(1, 1024, 4)}
 MEASURED = {2560: Tuning(4, 2048, 8), 5120: Tuning(4, 512, 2)}
 # a grid of fewer programs than this leaves multiprocessors idle
 FEWEST_PROGRAMS = 264
+# elements of a weight up to which a launch is expected to be faster than two (`takes_one_launch`)
+FEW_ELEMENTS, MANY_ELEMENTS = 1 << 20, 4 << 20
 # values of weights that a thread holds while it waits
 MOST_AHEAD = 64
 
@@ -158,6 +161,28 @@ def choose(rows: int, inputs: int, outputs: int, group: int, gated: bool = False
     return Tuning(per_program, block, tuning.warps)
 
 
+def takes_one_launch(rows: int, elements: int, normed: bool, gated: bool, skinny: bool) -> bool:
+    """Whether the kernel of this file is faster than a norm and a product in turn, for a weight of so many elements.
+
+    Its time grows with the rows: with one output a program, as it has for 3 and 4 rows, every program reads and normalises x
+    anew, in fp32 where the norm is. A second launch costs about 2 µs, which only a large weight gives back. Measured on an H100
+    in bf16 from 1.2 to 17 million elements (docs/performance.md), where 3 and 4 rows with a norm took 2 to 3 µs for a million
+    elements here; below that, and with z below 8 million, inferred.
+
+    Args:
+        skinny: whether the product would be that of `triton_skinny`, and not torch's.
+    """
+    if rows > MOST_ROWS:
+        return False
+    if rows == 1:
+        return True
+    if rows == 2:
+        return not (gated and skinny) or elements <= MANY_ELEMENTS
+    if skinny:
+        return elements <= (FEW_ELEMENTS if normed else MANY_ELEMENTS)
+    return not normed or elements <= MANY_ELEMENTS
+
+
 def fused_linear_triton(
     x: Tensor,
     weight: Tensor,
@@ -168,7 +193,7 @@ def fused_linear_triton(
     group_size: int | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`fused_linear` in Triton; arguments as there, assumed to be checked. Many rows are left to torch's product, fp64 to eager."""
+    """`fused_linear` in Triton; arguments as there, assumed to be checked. Many rows have a product of their own, fp64 is eager's."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
     group = inputs if group_size is None else group_size
@@ -177,7 +202,13 @@ def fused_linear_triton(
     empty = rows == 0 or outputs == 0 or inputs == 0
     if empty or left_to_eager(x, weight, bias, norm_weight, z, residual):
         run = fused_linear_eager
-    elif rows > MOST_ROWS or splits_badly:
+    elif splits_badly or not takes_one_launch(
+        rows,
+        weight.numel(),
+        norm_weight is not None,
+        z is not None,
+        multiplies(weight),
+    ):
         run = linear_of_many_rows
         x = x if x.stride(1) == 1 else x.contiguous()
         z = z if z is None or z.stride(1) == 1 else z.contiguous()
