@@ -215,6 +215,7 @@ def _fits(state: Tensor, x: Tensor) -> bool:
 def _is_plain(block: Any, index: int) -> bool:
     """Whether a block consists of plain modules with fp32 weights on the CPU, and has the states of its place."""
     mixer = block.mixer
+    linears: tuple[Any, ...]
     if type(mixer) is SelectiveScanMixer:
         linears = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
     elif type(mixer) is SSDMixer and type(mixer.norm) is GatedRMSNorm:
