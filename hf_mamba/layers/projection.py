@@ -13,7 +13,7 @@ from mamba_kernels.dispatch import MOST_ROWS, select
 
 from .linear import is_plain_linear
 
-__all__ = ["project"]
+__all__ = ["MAX_ROWS", "parts_of", "product_in_parts", "project", "splits"]
 
 # parts of the weight; divides the widths of the published models and their padded vocabularies
 PARTS = 8
@@ -44,23 +44,32 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
         if select("fused_linear", x.device) != "triton":
             return linear(x)
         return fused_linear(x.reshape(rows, in_features), weight, bias=bias).view(batch, length, -1)
-    if not 0 < rows <= MAX_ROWS or not _splits(weight, x):
+    if not 0 < rows <= MAX_ROWS or not splits(weight, x):
         return linear(x)
-    out_features = weight.shape[0]
-    parts = weight.view(PARTS, out_features // PARTS, in_features).mT
-    out = torch.bmm((x if rows == 1 else x.reshape(rows, in_features)).expand(PARTS, rows, in_features), parts)
-    out = (out if rows == 1 else out.transpose(0, 1)).reshape(batch, length, out_features)
+    out = product_in_parts(x.reshape(rows, in_features), parts_of(weight)).view(batch, length, -1)
     return out if bias is None else out + bias
 
 
-def _splits(weight: Any, x: Tensor) -> bool:
+def parts_of(weight: Tensor) -> Tensor:
+    """`weight` (O, K) as (PARTS, K, O / PARTS), a view."""
+    return weight.view(PARTS, -1, weight.shape[1]).mT
+
+
+def product_in_parts(x: Tensor, parts: Tensor) -> Tensor:
+    """x (B, K) times a weight out of `parts_of`, (B, O)."""
+    rows = len(x)
+    out = torch.bmm(x.expand(PARTS, *x.shape), parts)
+    return out.view(1, -1) if rows == 1 else out.transpose(0, 1).reshape(rows, -1)
+
+
+def splits(weight: Any, x: Tensor) -> bool:
     """Whether the product with `weight` (out, in) may and should be made in parts."""
     return (
         # a quantised or distributed weight is of another type
         type(weight) is nn.Parameter
         and weight.numel() >= MIN_ELEMENTS
         and weight.shape[0] % PARTS == 0
-        and weight.shape[1] == x.shape[2]
+        and weight.shape[1] == x.shape[-1]
         and weight.dtype == x.dtype == torch.float32
         and weight.device == x.device
         and weight.is_contiguous()

@@ -31,6 +31,7 @@ from ..integrations.hub import PUSH_ARGUMENTS, push_model
 from ..integrations.remote_code import published_config, write_shim
 from ..integrations.weight_files import explain_loading_error
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
+from ..layers.cpu_steps import run_cpu_steps
 from ..layers.fused_step import fused_step
 from ..layers.linear import is_plain_linear, is_unhooked
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
@@ -408,6 +409,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """
         if not output_hidden_states and self._streams(hidden_states, cache):
             return self._run_stream(hidden_states, cache, layout), None, {}
+        stepped = None if output_hidden_states else self._run_cpu_steps(hidden_states, cache, layout)
+        if stepped is not None:
+            return self.norm_f(stepped), None, {}
         collected: list[Tensor] | None = [] if output_hidden_states else None
         for layer in self.layers:
             if collected is not None:
@@ -432,6 +436,16 @@ class RecurrentModel(RecurrentPreTrainedModel):
             return False
         return self._has_plain_blocks(hidden_states.dtype, hidden_states.device)
 
+    def _run_cpu_steps(self, hidden_states: Tensor, cache: Cache | None, layout: SequenceLayout) -> Tensor | None:
+        """The blocks on a single token on a CPU, without calling them; None where they have to be called."""
+        if torch.compiler.is_compiling() or hidden_states.shape[1] != 1 or layout.seq_idx is not None:
+            return None
+        return run_cpu_steps(self.layers, hidden_states, cache) if self._has_stock_blocks() else None
+
+    def _has_stock_blocks(self) -> bool:
+        """Whether the classes of the blocks run `RecurrentBlock.forward`."""
+        return all(map(_has_forward_of_block, {type(layer) for layer in self.layers}))
+
     def _has_plain_blocks(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the blocks do nothing but norm, mixer and sum, in one dtype."""
         return (
@@ -439,7 +453,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             dtype != torch.float64
             and not torch.is_autocast_enabled(device.type)
             and _is_plain_norm(self.norm_f, dtype)
-            and all(map(_has_forward_of_block, {type(layer) for layer in self.layers}))
+            and self._has_stock_blocks()
             and all(is_unhooked(layer) and _is_plain_norm(layer.norm, dtype) for layer in self.layers)
         )
 

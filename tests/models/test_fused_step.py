@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_mamba import RecurrentCache
 from hf_mamba.layers import fused_step
+from hf_mamba.models.recurrent import RecurrentModel
 from mamba_kernels.dispatch import MOST_ROWS
 
 from .builders import make_model, random_ids
@@ -22,6 +23,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if request.param == "cuda":
         return torch.device("cuda", 0)
     monkeypatch.setattr(fused_step, "select", lambda op, device: "triton")
+    monkeypatch.setattr(RecurrentModel, "_run_cpu_steps", lambda *args: None)
     return torch.device("cpu")
 
 

@@ -123,6 +123,27 @@ def test_any_tile_length(packing: str, tile: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("packing", ["none", "seq_idx", "cu_seqlens"])
+@pytest.mark.parametrize("groups", [None, 2], ids=lambda g: f"G{g}")
+def test_channels_added_to_occupy_two_threads(
+    packing: str, groups: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = 1 if packing == "cu_seqlens" else 2
+    monkeypatch.setattr(recurrence, "GRAIN", batch * SIZE * CHANNELS)
+    monkeypatch.setattr(scan_eager, "TILE_ELEMENTS", 20 * batch * SIZE * CHANNELS)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    shape = (20, batch, groups or 1, SIZE, CHANNELS // (groups or 1))
+    buffer = recurrence.StateBuffer(shape, torch.float32, torch.device("cpu"))
+    assert buffer.tile.shape == shape
+    assert buffer.tokens[0].numel() > recurrence.GRAIN
+    packed: dict[str, Any] = {
+        "none": {},
+        "seq_idx": {"seq_idx": torch.tensor([[0] * 30 + [1] * 40, [0] * 45 + [-1] * 25])},
+        "cu_seqlens": {"cu_seqlens": torch.tensor([0, 30, 30, 70])},
+    }[packing]
+    compare(make(batch=batch, groups=groups, options=ALL, states=3 if packing == "cu_seqlens" else None), **packed)
+
+
+@pytest.mark.parametrize("packing", ["none", "seq_idx", "cu_seqlens"])
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 64, 300])
 def test_log_depth_path_of_other_devices(length: int, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (recurrence, scan_eager):

@@ -14,8 +14,8 @@ from ..packing import cu_seqlens_to_seq_idx, segments_and_valid
 
 __all__ = ["causal_conv1d_eager"]
 
-# elements of a block of tokens; a few fp32 blocks fit the last level cache (docs/performance.md)
-BLOCK_ELEMENTS = 2**19
+# elements of a block of tokens, 1 MB in fp32: halves of a few fit the second-level caches of two cores (docs/performance.md)
+BLOCK_ELEMENTS = 2**18
 
 
 def _blocks(x: Tensor) -> list[tuple[int, int]]:

@@ -23,8 +23,8 @@ from .recurrence import Marks, OuterBuffer, StateBuffer, empty_sequences, marks_
 
 __all__ = ["selective_scan_eager"]
 
-# elements of one tile buffer: three of them in fp32 should stay in the last-level cache
-TILE_ELEMENTS = 1 << 20
+# elements of one tile buffer, 8 MB in fp32; with fewer, calls outweigh what stays in a cache (docs/performance.md)
+TILE_ELEMENTS = 1 << 21
 MIN_TILE, MAX_TILE = 4, 256
 
 

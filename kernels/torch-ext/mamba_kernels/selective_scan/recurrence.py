@@ -1,5 +1,6 @@
 """The linear recurrence h[t] = decay[t] * h[t - 1] + b[t] over a tile, and the tokens where sequences start and end."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,13 +24,40 @@ def walks(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-class StateBuffer:
-    """Room for the states or the decays of a tile, used again for every tile; the views of single tokens are made once."""
+# elements of an operation that torch gives to one thread (at::internal::GRAIN_SIZE)
+GRAIN = 1 << 15
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """`shape` is (T, B, G, N, M)."""
-        self.tile = torch.empty(shape, dtype=dtype, device=device)
-        self.tokens = self.tile.unbind(0) if walks(device) else ()
+
+def _padded_channels(shape: tuple[int, ...], device: torch.device) -> int:
+    """Channels for which to make room in a buffer (T, B, G, N, M).
+
+    A token is one operation when it is walked over. Where its states just fill what torch gives to one thread, as sizes that are
+    powers of two do, a few more let another one take half.
+    """
+    rows, channels = math.prod(shape[1:4]), shape[4]
+    if not walks(device) or torch.get_num_threads() == 1 or not GRAIN - GRAIN // 16 <= rows * channels <= GRAIN:
+        return channels
+    # in steps of a cache line
+    return (GRAIN // rows // 16 + 1) * 16
+
+
+class StateBuffer:
+    """Room for the states or the decays of a tile, used again for every tile; the views of single tokens are made once.
+
+    Attributes:
+        tile: (T, B, G, N, M).
+        tokens: T times (B, G, N, ≥ M), what there is of a token in memory; 0 beyond the channels.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels: int | None = None
+    ) -> None:
+        """`shape` is (T, B, G, N, M), `channels` the size of the last dimension in memory."""
+        channels = _padded_channels(shape, device) if channels is None else channels
+        whole = torch.empty((*shape[:4], channels), dtype=dtype, device=device)
+        whole[..., shape[4] :].zero_()
+        self.tile = whole[..., : shape[4]]
+        self.tokens = whole.unbind(0) if walks(device) else ()
 
 
 class OuterBuffer:
@@ -37,10 +65,11 @@ class OuterBuffer:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """`shape` is (T, B, G, N, M)."""
-        rows = StateBuffer((*shape[:4], 1), dtype, device)
-        values = StateBuffer((*shape[:3], 1, shape[4]), dtype, device)
+        rows = StateBuffer((*shape[:4], 1), dtype, device, channels=1)
+        channels = _padded_channels(shape, device)
+        values = StateBuffer((*shape[:3], 1, shape[4]), dtype, device, channels=channels)
         self.rows, self.values = rows.tile[..., 0], values.tile[:, :, :, 0]  # (T, B, G, N), (T, B, G, M)
-        # views that multiply to a token's (B, G, N, M)
+        # views that multiply to a token's (B, G, N, ≥ M)
         self.tokens = list(zip(rows.tokens, values.tokens, strict=True))
 
 
@@ -50,8 +79,10 @@ def walk_(decay: StateBuffer, before: Tensor, added: OuterBuffer, tokens: int) -
     No second tile is written: half the memory traffic of `recurrence_`. `before` (B, G, N, M) is the state before the first
     token, and no view of `decay`.
     """
-    for t in range(tokens):
-        before = decay.tokens[t].mul_(before).addcmul_(*added.tokens[t])
+    decay.tile[0].mul_(before)
+    state = decay.tokens[0].addcmul_(*added.tokens[0])
+    for t in range(1, tokens):
+        state = decay.tokens[t].mul_(state).addcmul_(*added.tokens[t])
 
 
 def recurrence_(h: StateBuffer, decay: StateBuffer, tokens: int, reverse: bool = False) -> None:

@@ -8,11 +8,22 @@ K tokens kept by the conv state.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-__all__ = ["causal_conv1d_update_eager", "selective_state_update_eager", "ssd_state_update_eager"]
+__all__ = [
+    "LOG2_E",
+    "causal_conv1d_update_eager",
+    "convolve_",
+    "selective_state_update_eager",
+    "selective_step_",
+    "ssd_state_update_eager",
+    "ssd_step_",
+    "steps_in_place",
+]
 
 LOG2_E = math.log2(math.e)
 
@@ -55,7 +66,7 @@ def _step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: tor
     return torch.nn.functional.softplus(delta) if dt_softplus else delta
 
 
-def _steps_in_place(state: Tensor, x: Tensor, state_indices: Tensor | None, return_step_states: bool) -> bool:
+def steps_in_place(state: Tensor, x: Tensor, state_indices: Tensor | None, return_step_states: bool) -> bool:
     """Whether a single token is all that is asked for and `state` can be worked on as it lies there.
 
     This is the step of a decoding loop. It is written out in as few calls as it takes: each costs 2 to 10 µs, and a model
@@ -75,6 +86,49 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
         y.addcmul_(x, D.to(x.dtype))
     if z is not None:
         y.mul_(torch.nn.functional.silu(z))
+    return y
+
+
+def selective_step_(
+    state: Tensor, x: Tensor, delta: Tensor, decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
+) -> Tensor:
+    """One token of Mamba where `steps_in_place`: state and decay (B, D, N), x, delta and z (B, D), B and C (B, N)."""
+    state.mul_(decay).addcmul_((delta * x)[..., None], B[:, None])
+    y = torch.empty((*x.shape, 1), dtype=x.dtype, device=x.device)
+    # with `out=`, which autocast leaves alone
+    torch.bmm(state, C[..., None], out=y)
+    return _skip_and_gate(y[..., 0], x, D, z)
+
+
+def ssd_step_(
+    state: Tensor, x: Tensor, delta: Tensor, decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
+) -> Tensor:
+    """One token of Mamba-2 where `steps_in_place`: state (B, H, P, N), x and z (B, H, P), delta and decay (B, H), B and C (B, G, N).
+
+    D is (H, P) or (H, 1).
+    """
+    batch, heads, head_dim = x.shape
+    groups, size = B.shape[1:]
+    channels = heads * head_dim // groups
+    state.mul_(decay[..., None, None])
+    inputs = (delta[..., None] * x).view(batch, groups, channels, 1)
+    state.view(batch, groups, channels, size).addcmul_(inputs, B[:, :, None])
+    # a product a head uses all threads; as row times transposed matrix, since with a column it is slower
+    rows = C[:, :, None].expand(-1, -1, heads // groups, -1).reshape(batch * heads, 1, size)
+    y = torch.empty((batch * heads, 1, head_dim), dtype=x.dtype, device=x.device)
+    torch.bmm(rows, state.view(batch * heads, head_dim, size).mT, out=y)
+    return _skip_and_gate(y.view(x.shape), x, D, z)
+
+
+def convolve_(conv_state: Tensor, x: Tensor, taps: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """One token of the convolution where `steps_in_place`: conv_state (B, D, W - 1), x (B, D), taps W times (D,)."""
+    # column by column: strided as they are, that is faster than to join them with x, move, multiply and sum them
+    known = (*conv_state.unbind(2), x)
+    y = torch.mul(known[0], taps[0]) if bias is None else torch.addcmul(bias, known[0], taps[0])
+    for column, tap in zip(known[1:], taps[1:], strict=True):
+        y.addcmul_(column, tap)
+    for column, newer in pairwise(known):
+        column.copy_(newer)
     return y
 
 
@@ -137,13 +191,10 @@ def selective_state_update_eager(
     return_step_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_state_update` in vectorised torch; arguments as there, assumed to be checked."""
-    if x.dim() == 2 and B.dim() == 2 and _steps_in_place(state, x, state_indices, return_step_states):
+    if x.dim() == 2 and B.dim() == 2 and steps_in_place(state, x, state_indices, return_step_states):
         delta = _step_size(dt, dt_bias, dt_softplus, x.dtype)
         decay = torch.mul((delta * LOG2_E)[..., None], A).exp2_()
-        state.mul_(decay).addcmul_((delta * x)[..., None], B[:, None].to(x.dtype))
-        y = torch.empty((*x.shape, 1), dtype=x.dtype, device=x.device)
-        torch.bmm(state, C[..., None].to(x.dtype), out=y)
-        return _skip_and_gate(y[..., 0], x, D, z)
+        return selective_step_(state, x, delta, decay, B.to(x.dtype), C.to(x.dtype), D, z)
     # every channel is a head of its own
     shape = (x.shape[0], 1 if x.dim() == 2 else x.shape[1], x.shape[-1], 1)
     size = A.shape[1]
@@ -184,18 +235,10 @@ def ssd_state_update_eager(
     delta = _step_size(dt, dt_bias, dt_softplus, _compute_dtype(x))
     if dt_limit != (0.0, float("inf")) or not dt_softplus:
         delta = delta.clamp(*dt_limit)
-    if x.dim() == 3 and _steps_in_place(state, x, state_indices, return_step_states):
-        batch, heads, head_dim = x.shape
-        groups, size = B.shape[1:]
-        channels = heads * head_dim // groups
-        state.mul_(torch.mul(delta, A).exp_()[..., None, None])
-        inputs = (delta[..., None] * x).view(batch, groups, channels, 1)
-        state.view(batch, groups, channels, size).addcmul_(inputs, B[:, :, None].to(x.dtype))
-        # a product a head uses all threads; as row times transposed matrix, since with a column it is slower
-        rows = C[:, :, None].to(x.dtype).expand(-1, -1, heads // groups, -1).reshape(batch * heads, 1, size)
-        y = torch.empty((batch * heads, 1, head_dim), dtype=x.dtype, device=x.device)
-        torch.bmm(rows, state.view(batch * heads, head_dim, size).mT, out=y)
-        return _skip_and_gate(y.view(x.shape), x, D[:, None] if D is not None and D.dim() == 1 else D, z)
+    if x.dim() == 3 and steps_in_place(state, x, state_indices, return_step_states):
+        decay = torch.mul(delta, A).exp_()
+        skip = D[:, None] if D is not None and D.dim() == 1 else D
+        return ssd_step_(state, x, delta, decay, B.to(x.dtype), C.to(x.dtype), skip, z)
     shape = (x.shape[0], 1 if x.dim() == 3 else x.shape[1], *x.shape[-2:])
     size = state.shape[-1]
     y, step_states = _update(
@@ -227,12 +270,8 @@ def causal_conv1d_update_eager(
     """`causal_conv1d_update` in vectorised torch; arguments as there, assumed to be checked."""
     dtype = _compute_dtype(x)
     width, kept = weight.shape[1], conv_state.shape[2]
-    if x.dim() == 2 and kept + 1 == width and _steps_in_place(conv_state, x, state_indices, False):
-        known = torch.cat([conv_state, x[..., None]], dim=2)
-        conv_state.copy_(known[..., 1:])
-        y = known.mul_(weight.to(dtype)).sum(-1)
-        if bias is not None:
-            y += bias.to(dtype)
+    if x.dim() == 2 and kept + 1 == width and steps_in_place(conv_state, x, state_indices, False):
+        y = convolve_(conv_state, x, weight.to(dtype).unbind(1), None if bias is None else bias.to(dtype))
         return y if activation is None else torch.nn.functional.silu(y, inplace=True)
     new = x.to(dtype)[..., None] if x.dim() == 2 else x.to(dtype).transpose(1, 2)
     tokens = new.shape[2]
