@@ -33,15 +33,12 @@ from .triton_plan import Operands, Places, Plan, Tuning, ceil_div, has_room, str
 __all__ = ["ProjectionGradients", "launch_projections"]
 
 PROJECTIONS, PROJECTIONS_FP32 = Tuning(warps=8, stages=3), Tuning(warps=8, stages=1)
-# where three stages do not fit
-PROJECTIONS_SMALL = Tuning(warps=8, stages=2)
-# products whose operands are split in two: 8 warps would be laid along the 64 tokens twice, and triton 3.6 lets the second four
-# read their operand behind its end (sm_90)
-PROJECTIONS_REST, PROJECTIONS_REST_SMALL = Tuning(warps=4, stages=2), Tuning(warps=4, stages=1)
+# with fp32 states three stages do not fit, and on GPUs of less shared memory two do not
+PROJECTIONS_LARGE, PROJECTIONS_SMALL = Tuning(warps=8, stages=2), Tuning(warps=8, stages=1)
 # programs that fill a large GPU; heads of a group are spread over several programs to get there
 TARGET_PROGRAMS = 264
 # most states of a program
-LARGEST_PART, LARGEST_PART_REST, LARGEST_PART_FP32 = 128, 64, 32
+LARGEST_PART, LARGEST_PART_FP32 = 128, 32
 
 
 class ProjectionGradients(NamedTuple):
@@ -244,8 +241,7 @@ def launch_projections(
     blocks = entering.shape[0]
     heads = plan.heads // plan.groups
     exact = plan.dtype == torch.float32
-    rest = plan.rest == 2
-    states = min(meta["NB"], LARGEST_PART_FP32 if exact else LARGEST_PART_REST if rest else LARGEST_PART)
+    states = min(meta["NB"], LARGEST_PART_FP32 if exact else LARGEST_PART)
     splits = meta["NB"] // states
     heads_of_program = ceil_div(heads, min(heads, max(1, TARGET_PROGRAMS // (blocks * plan.groups * splits))))
     parts = ceil_div(heads, heads_of_program)
@@ -264,9 +260,9 @@ def launch_projections(
     if exact:
         tuning = PROJECTIONS_FP32
     elif has_room(x.device.type, x.device.index):
-        tuning = PROJECTIONS_REST if rest else PROJECTIONS
+        tuning = PROJECTIONS_LARGE if plan.rest == 2 else PROJECTIONS
     else:
-        tuning = PROJECTIONS_REST_SMALL if rest else PROJECTIONS_SMALL
+        tuning = PROJECTIONS_SMALL if plan.rest == 2 else PROJECTIONS_LARGE
     launch(
         _ssd_bwd_projections_kernel,
         (blocks * plan.groups * parts * splits,),
