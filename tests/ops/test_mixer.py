@@ -291,7 +291,8 @@ def run_mamba(
         "out_bias": None if bare else normal(model).to(dtype),
     }
     seq_idx = random_packing(batch, length, device) if packed else None
-    weights = normal(batch, length, model)
+    # gradients of weights are sums over all tokens, which must not leave the range of fp16
+    weights = normal(batch, length, model) / length
     return errors_beside(operands, weights, frozen, op=mamba_inner, seq_idx=seq_idx, recompute=recompute)
 
 

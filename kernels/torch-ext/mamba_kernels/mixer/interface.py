@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..causal_conv1d import causal_conv1d
 from ..checks import check_shape, check_tensor
-from ..dispatch import left_to_eager, on_device, select
+from ..dispatch import WHOLE, left_to_eager, on_device, select
 from ..norm import add_rms_norm, rms_norm_gated
 from ..selective_scan import selective_scan
 from ..ssd import ssd_chunk_scan
@@ -54,6 +54,10 @@ class MixerSizes(NamedTuple):
         """Of z, of x with B and C, and of dt, in the order of the projection."""
         inner = self.heads * self.head_dim
         return inner, inner + 2 * self.groups * self.state_size, self.heads
+
+    def in_whole_rows(self, dtype: torch.dtype) -> bool:
+        """Whether the kernels take values of `dtype` as they lie in the convolution's output."""
+        return dtype == torch.float32 or self.head_dim % WHOLE == self.state_size % WHOLE == 0
 
 
 def _trains_in_triton(ops: tuple[str, ...], *values: Tensor | None) -> bool:
@@ -173,7 +177,8 @@ def mamba2_inner(
     check_tensor("mamba2_inner", "projected", projected)
     check_shape("mamba2_inner", "projected", projected, (None, None, sum(sizes.widths)), "(B, L, 2 D' + 2 G N + H)")
     floats = (projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, out_weight, out_bias)
-    if mixers_are_fused(*floats, state_size=sizes.state_size, taps=conv_weight.shape[1]):
+    fused = mixers_are_fused(*floats, state_size=sizes.state_size, taps=conv_weight.shape[1])
+    if fused and sizes.in_whole_rows(projected.dtype):
         from .triton_mamba2 import mamba2_inner_triton
 
         with on_device(projected.device):

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..autograd import first_order_only
 from ..compiling import compile_together
-from ..dispatch import left_to_eager
+from ..dispatch import WHOLE, left_to_eager
 from ..packing import remembered, segments_and_valid
 from .eager import ssd_chunk_scan_eager
 from .triton_backward import ssd_backward
 from .triton_forward import ssd_forward
-from .triton_plan import Operands, Places, Plan, plan_of
+from .triton_plan import Operands, Places, Plan, in_whole_rows, plan_of
 
 __all__ = ["SSDChunkScanTritonFunction", "compile_scan", "marks_of", "ssd_chunk_scan_triton"]
 
@@ -62,6 +63,8 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
         if grad_y is None:
             grad_y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         states = None if grad_final is None or not grad_final.numel() else grad_final.contiguous()
+        if x.dtype != torch.float32 and not in_whole_rows(grad_y):
+            grad_y = grad_y.clone(memory_format=torch.contiguous_format)
         gradients = ssd_backward(operands, ctx.plan or plan_of(operands), _dense_rows(grad_y), starts, states)
         likes = (x, dt, A, B, C, D, z, dt_bias, initial_states)
         found = [
@@ -150,6 +153,15 @@ def compile_scan(
     )
 
 
+def _padded(value: Tensor, *sizes: int) -> Tensor:
+    """`value` with zeros behind its last dimensions, of these sizes and the innermost first, up to multiples of `WHOLE`."""
+    more = [part for size in sizes for part in (0, -size % WHOLE)]
+    if any(more):
+        return F.pad(value, more)
+    # a dimension of size 1 counts as contiguous, whatever its stride
+    return value if in_whole_rows(value) else value.clone(memory_format=torch.contiguous_format)
+
+
 def ssd_chunk_scan_triton(
     x: Tensor,
     dt: Tensor,
@@ -194,6 +206,28 @@ def ssd_chunk_scan_triton(
         common = torch.promote_types(B.dtype, C.dtype)
         B, C = B.to(common), C.to(common)
         floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    head_dim, size = x.shape[3], B.shape[3]
+    whole = head_dim % WHOLE == 0 and size % WHOLE == 0 and in_whole_rows(x, B, C, z)
+    if not whole and x.dtype == B.dtype and x.dtype != torch.float32:
+        found = ssd_chunk_scan_triton(
+            _padded(x, head_dim),
+            dt,
+            A,
+            _padded(B, size),
+            _padded(C, size),
+            D=D if D is None or D.dim() == 1 else _padded(D, head_dim),
+            z=None if z is None else _padded(z, head_dim),
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_states=None if initial_states is None else _padded(initial_states, size, head_dim),
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_states=return_final_states,
+        )
+        if isinstance(found, tuple):
+            return found[0][..., :head_dim].contiguous(), found[1][..., :head_dim, :size].contiguous()
+        return found[..., :head_dim].contiguous()
     marks = None
     if seq_idx is not None:
         marks = marks_of(seq_idx)
