@@ -227,6 +227,7 @@ def test_sums_that_cancel_on_gpu(length: int, dtype: torch.dtype) -> None:
         {"heads": 8, "groups": 4, "head_dim": 32, "size": 16},
         {"strided": True, "per_channel": True},
         {"head_dim": 40, "size": 24},
+        {"head_dim": 16, "size": 32},
         # heads that begin at no multiple of 16 elements, without a gate
         {"head_dim": 24, "size": 16, "bare": True},
         {"head_dim": 40, "size": 24, "bare": True},
@@ -242,6 +243,7 @@ def test_sums_that_cancel_on_gpu(length: int, dtype: torch.dtype) -> None:
         "groups",
         "strided",
         "P40-N24",
+        "P16-N32",
         "P24-N16-bare",
         "P40-N24-bare",
         "P120-N16-bare",
