@@ -15,7 +15,8 @@ from ..layers.projection import project
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
 from .inputs import check_labels, same_lengths, select_cache
 from .outputs import RecurrentCausalLMOutput
-from .recurrent import RecurrentModel, RecurrentPreTrainedModel
+from .pretrained import RecurrentPreTrainedModel
+from .recurrent import RecurrentModel
 from .sharding import HEAD_FSDP_PLAN
 from .training_graph import graphed_output, graphs_run_on
 

@@ -8,7 +8,8 @@ from torch import nn
 from ...layers import SSDMixer
 from ..classifiers import RecurrentForSequenceClassification, RecurrentForTokenClassification
 from ..heads import RecurrentForCausalLM
-from ..recurrent import RecurrentBlock, RecurrentModel, RecurrentPreTrainedModel
+from ..pretrained import RecurrentPreTrainedModel
+from ..recurrent import RecurrentBlock, RecurrentModel
 from .configuration_mamba2 import Mamba2Config
 
 __all__ = [

@@ -16,6 +16,7 @@ from mamba_kernels import fused_linear
 from mamba_kernels.dispatch import MOST_ROWS, select
 from mamba_kernels.moe import experts_step, route, routed_experts
 
+from ...layers.linear import is_unhooked
 from ...layers.norms import RMSNorm
 from ...layers.switch import TopKRouter
 
@@ -112,17 +113,6 @@ def _run(experts: Any, tokens: Tensor, indices: Tensor, weights: Tensor) -> Tens
 ALL_EXPERTS_FUNCTIONS.register(FUSED, fused_experts_forward)
 
 
-def _is_unhooked(module: nn.Module) -> bool:
-    """Whether calling `module` runs the `forward` of its class and nothing else."""
-    return (
-        "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
-
-
 def _is_plain_router(router: Any, tokens: Tensor) -> bool:
     """Whether the router is no more than `route` is, and its weights lie whole beside the tokens."""
     if type(router) is not TopKRouter:
@@ -135,7 +125,7 @@ def _is_plain_router(router: Any, tokens: Tensor) -> bool:
         and weight.dtype == torch.float32
         and weight.device == tokens.device
         and tokens.dtype != torch.float64
-        and _is_unhooked(router)
+        and is_unhooked(router)
         and select("route", tokens.device) == "triton"
     )
 
@@ -185,7 +175,7 @@ def _are_plain_experts(experts: Any, tokens: Tensor) -> bool:
     """Whether the experts are no more than `experts_step` is, and lie whole beside the tokens."""
     down = experts.down_proj
     return (
-        _is_unhooked(experts)
+        is_unhooked(experts)
         and type(down) is nn.Parameter
         and not torch.is_autocast_enabled(tokens.device.type)
         and kernels_fit(experts, tokens, down.dtype)
@@ -227,7 +217,7 @@ def fused_block_step(norm: nn.Module, moe: Any, residual: Tensor) -> tuple[Tenso
         or moe.config._experts_implementation != FUSED
         or moe.observer is not None
         or moe.shared_experts is not None
-        or not (_is_unhooked(norm) and _is_unhooked(moe))
+        or not (is_unhooked(norm) and is_unhooked(moe))
         or not moe.has_plain_experts()
         or norm.weight.dtype != experts.down_proj.dtype
         or not _is_plain_router(router, tokens)

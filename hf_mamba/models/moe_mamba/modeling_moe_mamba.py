@@ -24,7 +24,8 @@ from ...sequences import SequenceLayout
 from ..classifiers import RecurrentForSequenceClassification, RecurrentForTokenClassification
 from ..heads import RecurrentForCausalLM
 from ..outputs import RecurrentCausalLMOutput, RecurrentClassifierOutput, RecurrentModelOutput
-from ..recurrent import RecurrentModel, RecurrentPreTrainedModel
+from ..pretrained import RecurrentPreTrainedModel
+from ..recurrent import RecurrentModel
 from .configuration_moe_mamba import MoeMambaConfig
 from .experts import MoeMambaMLP, MoeMambaSparseMoe, StackedExperts, truncated_normal_
 from .fused import FUSED, fused_block_step
