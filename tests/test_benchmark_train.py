@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 pytestmark = pytest.mark.checkout
 
 benchmark = pytest.importorskip("benchmarks.train", reason="benchmarks/ is not in the wheel")
+bench = pytest.importorskip("benchmarks.train_bench", reason="benchmarks/ is not in the wheel")
 
 SIZES = ["--sizes", "small", "--layers", "1", "--batch", "2", "--length", "16", "--cell-seconds", "0"]
 
@@ -102,7 +103,7 @@ def test_operations_of_a_step() -> None:
 
     def flops(kind: str, **fields) -> float:
         classes = contenders.CLASSES[kind]
-        return benchmark.step_flops(classes.own(classes.own_config(**contenders.SIZES["small"][kind] | fields)))
+        return bench.step_flops(classes.own(classes.own_config(**contenders.SIZES["small"][kind] | fields)))
 
     d, inner, vocab, rank = 256, 512, 512, 16
     mixer = d * 2 * inner + inner * (rank + 2 * 16) + rank * inner + inner * d + 4 * inner
@@ -117,20 +118,20 @@ def test_operations_of_a_step() -> None:
 
 def test_what_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A contender whose first loss is right but that learns something else; and one whose loss is no number."""
-    right = benchmark.Step._loss
+    right = bench.Step._loss
 
     def without_embeddings(self, ids: Tensor) -> Tensor:
         if type(self.model).__module__.startswith("transformers"):
             self.model.backbone.embeddings.requires_grad_(False)
         return right(self, ids)
 
-    monkeypatch.setattr(benchmark.Step, "_loss", without_embeddings)
+    monkeypatch.setattr(bench.Step, "_loss", without_embeddings)
     result, rows = run(tmp_path / "a.json", "--models", "mamba2", "--options", "plain", "--against", "transformers")
     assert result.exit_code == 1 and "the gate is red: mamba2-small (transformers)" in result.output
     assert rows["transformers"]["status"].startswith("refused") and rows["transformers"]["p50_ms"] is None
     assert rows["hf_mamba"]["status"] == "measured"
 
-    monkeypatch.setattr(benchmark.Step, "_loss", lambda self, ids: right(self, ids) * float("nan"))
+    monkeypatch.setattr(bench.Step, "_loss", lambda self, ids: right(self, ids) * float("nan"))
     _, rows = run(tmp_path / "b.json", "--models", "mamba2", "--options", "plain", "--against", "transformers")
     assert rows["transformers"]["status"].startswith("refused")
 
@@ -151,7 +152,7 @@ def test_failures_and_lack_of_time_are_rows(tmp_path: Path, monkeypatch: pytest.
     def exhausted(self, ids: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(benchmark.Step, "_loss", exhausted)
+    monkeypatch.setattr(bench.Step, "_loss", exhausted)
     result, rows = run(tmp_path / "b.json", *arguments)
     assert result.exit_code == 0 and {row["status"] for row in rows.values()} == {"out of memory"}
 
@@ -173,7 +174,7 @@ class StandIn(nn.Module):
         import hf_mamba
 
         assert config.ssm_cfg == {"layer": "Mamba2", "headdim": 64, "ngroups": 1, "d_state": 64}
-        fields = benchmark.SIZES["small"]["mamba2"] | {"num_hidden_layers": config.n_layer}
+        fields = bench.SIZES["small"]["mamba2"] | {"num_hidden_layers": config.n_layer}
         assert (config.d_model, config.vocab_size) == (fields["hidden_size"], fields["vocab_size"])
         assert config.tie_embeddings == hf_mamba.Mamba2Config(**fields).tie_word_embeddings
         self.inner = hf_mamba.Mamba2ForCausalLM(hf_mamba.Mamba2Config(**fields)).to(device, dtype)
