@@ -35,6 +35,7 @@ from benchmarks.record import Record, Row, table_console
 from benchmarks.timing import Contender, compare, copy_bandwidth
 from hf_mamba import MoeMambaConfig, MoeMambaForCausalLM
 from hf_mamba.models.moe_mamba.experts import MoeMambaSparseMoe
+from mamba_kernels.early import early_launches
 
 __all__ = ["moe"]
 
@@ -203,18 +204,23 @@ def _tokens_apart(layer: MoeMambaSparseMoe, dtype: torch.dtype) -> Tensor:
 
 
 def _captured(calls: list[Layer], tokens: Tensor) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
-    """A graph of the calls on one token each: what replays it, and what replays it and returns the outputs (N, d)."""
+    """A graph of the calls on one token each: what replays it, and what replays it and returns the outputs (N, d).
+
+    Launches may start early, as in the graphs of generate().
+    """
 
     def run() -> list[Tensor]:
-        return [call(x[None]) for call, x in zip(calls, tokens, strict=True)]
+        # behind a kernel, as in a model, where the embedding comes first
+        return [call(x[None]) for call, x in zip(calls, tokens * 1, strict=True)]
 
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    with early_launches():
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            results = run()
 
     def outputs() -> list[Tensor]:
         graph.replay()

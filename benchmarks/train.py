@@ -56,6 +56,8 @@ OPTIONS = (
     "eager",
     "skip_logits",
     "graph",
+    "lean",
+    "part_lean",
     "part_checkpointing",
     "checkpointing",
     "compile",
@@ -71,6 +73,8 @@ LEARNING_RATE = 1e-3
 LORA = {"r": 16, "target_modules": ["in_proj"]}
 # of "part_checkpointing": every so many blocks are computed again
 CHECKPOINTED = 3
+# of "part_lean": the share of the layers that compute again what takes little time
+LEAN_SHARE = 1 / 3
 # tokens of a step where --batch does not say otherwise
 TOKENS = {"cuda": 16384, "cpu": 2048}
 # dense bf16 of the datasheets of the SXM boards, by a part of the device's name
@@ -124,7 +128,7 @@ def train(
             help=f"Contenders of ours: {PLAIN}, or options out of {', '.join(OPTIONS)} joined by +. What each changes is set "
             "against the one before."
         ),
-    ] = "plain,skip_logits,graph,graph+part_checkpointing,graph+checkpointing,skip_logits+compile,graph+lora,graph+lora_16bit",
+    ] = "plain,skip_logits,graph,graph+lean,graph+part_checkpointing,graph+checkpointing,skip_logits+compile,graph+lora,graph+lora_16bit",
     against: Annotated[
         str, typer.Option(help="Peers, or none; those that are not installed are named and left out.")
     ] = ",".join(PEERS),
@@ -172,6 +176,7 @@ def train(
             "optimizer": "AdamW, fused",
             "lora": LORA,
             "part_checkpointing": f"every {CHECKPOINTED}rd block",
+            "part_lean": LEAN_SHARE,
             "backend": backend,
             "layers": layers,
             "peak_flops": peak_flops(device),
@@ -539,6 +544,8 @@ class Bench:
         if contender.who == OURS:
             model.skip_logits = "skip_logits" in options
             model.graph_training = "graph" in options
+            if "lean" in options or "part_lean" in options:
+                model.set_lean_training(1.0 if "lean" in options else LEAN_SHARE)
             if "checkpointing" in options or "part_checkpointing" in options:
                 # there is no dropout; a look at the generators would be one at the device
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

@@ -219,3 +219,12 @@ def test_trainer_with_a_graph(device: str, adapter: bool, tmp_path) -> None:
         losses.append(run(trained, tmp_path / str(graph), data=data, **options))
         assert len(graphs_of(model)) == int(graph)
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_gradients_of_several_dtypes_are_scaled_each_in_its_own() -> None:
+    gradients = [torch.randn(5).bfloat16(), torch.randn(3), torch.randn(2, 2).bfloat16(), torch.randn(())]
+    scaled = training_graph._scaled(gradients, torch.tensor(0.3))
+    for gradient, product in zip(gradients, scaled, strict=True):
+        assert product.dtype == gradient.dtype
+        assert torch.equal(product, gradient * torch.tensor(0.3).to(gradient.dtype))
+    assert training_graph._scaled([], torch.tensor(2.0)) == []

@@ -25,7 +25,7 @@ from .prompt import Prompt
 from .prompt_graphs import MAX_TOKENS, PromptShape, RowPrompt, bucket, read_padded
 from .sampling import TokenSampler, processor_key
 
-__all__ = ["GraphLoop", "plan"]
+__all__ = ["GraphLoop", "attempt", "plan", "runs_graphs", "takes_layouts"]
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +140,7 @@ class GraphLoop:
         if ready is None:
             return None
         try:
-            graph = _attempt(store, PROMPTS, lambda: step.prompt(shape), "the prompt", again=False)
+            graph = attempt(store, PROMPTS, lambda: step.prompt(shape), "the prompt", again=False)
             if graph is None:
                 step.lock.release()
                 return None
@@ -169,7 +169,7 @@ class GraphLoop:
             store = graphs.graphs_of(self.model)
             if store is None or (not store.has_step(cache) and new_tokens < WORTH_CAPTURING):
                 return None
-            step = _attempt(store, graphs.step_key(cache), lambda: store.step(self.model, cache), "a decoding step")
+            step = attempt(store, graphs.step_key(cache), lambda: store.step(self.model, cache), "a decoding step")
             ready = None if step is None else self._lock(store, step, prompt_length=cache.get_seq_length())
             if ready is not None:
                 try:
@@ -228,7 +228,7 @@ class GraphLoop:
             return None
         key = self._sampler_key()
         try:
-            found = _attempt(
+            found = attempt(
                 store, key, lambda: step.sampler(key, lambda: self._make_sampler(step, key[0])), "a decoding step"
             )
         except BaseException:
@@ -257,10 +257,12 @@ class GraphLoop:
         )
 
 
-def _attempt(store: graphs.Graphs, key: Any, make: Callable[[], Any], name: str, again: bool = True) -> Any:
+def attempt(store: graphs.Graphs, key: Any, make: Callable[[], Any], name: str, again: bool = True) -> Any:
     """`make()`, or None if it cannot be captured; what cannot be is remembered.
 
     Args:
+        store: the graphs of the model.
+        key: what is refused then.
         name: what it is.
         again: whether to try again after there was no memory, which may be free the next time.
     """

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mamba_kernels.early import early_launches
+
 from ..cache import RecurrentCache
 from .fingerprint import Watch, fingerprint
 from .prompt_graphs import PromptGraph, PromptShape
@@ -63,8 +65,8 @@ def warm_up(function: Callable[[], None], device: torch.device, times: int) -> N
             function()
 
 
-# held while graphs are looked up and captured
-CAPTURING = threading.Lock()
+# held while graphs are looked up and captured; the prompt of an assistant is read in the middle of that
+CAPTURING = threading.RLock()
 
 
 class MemoryPool:
@@ -105,10 +107,24 @@ def _no_synchronisation() -> Iterator[None]:
 def capture(function: Callable[[], None], device: torch.device, warm_ups: int = WARM_UPS) -> Any:
     """Capture `function`; it runs a few times on the way, and the random state is as before.
 
+    Launches that start early are tried first. What else is launched decides whether a graph takes them.
+
     Raises:
         torch.cuda.OutOfMemoryError: no memory for the graph.
         RuntimeError: something in `function` cannot be captured, such as a look at a tensor's values.
     """
+    with early_launches() as early:
+        try:
+            return _capture(function, device, warm_ups)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if not early.used:
+                raise
+    return _capture(function, device, warm_ups)
+
+
+def _capture(function: Callable[[], None], device: torch.device, warm_ups: int) -> Any:
     state = torch.cuda.get_rng_state(device)
     begun = False
     try:

@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache
 from ..cache import MAX_REPLAY, RecurrentCache, name_of_cache
 from ..cache_names import CACHE_NAMES
 from ..models.inputs import select_cache
-from .graph_loop import plan
+from .graph_loop import USED_UP, plan
 from .prompt import Prompt, unseen_length
+from .prompt_reader import read_by_graph
 from .speculative import plan_speculation
 
 __all__ = ["RecurrentGenerationMixin"]
@@ -331,7 +332,12 @@ class RecurrentGenerationMixin(GenerationMixin):
         # the loop goes on from the last column: with right padding it has to be given the whole prompt
         if count > 0 and (mask is None or bool(mask[0, -1])):
             chunk = generation_config.prefill_chunk_size or MAX_PREFILL_TOKENS
-            self._feed(prompt.columns(0, count).left_padded(), [*range(0, count, chunk), count], model_kwargs)
+            prompt, cache = prompt.columns(0, count).left_padded(), _given_cache(model_kwargs)
+            plain = all(name in USED_UP or value is None for name, value in model_kwargs.items())
+            if not (
+                plain and isinstance(cache, RecurrentCache) and read_by_graph(self, prompt, cache, generation_config)
+            ):
+                self._feed(prompt, [*range(0, count, chunk), count], model_kwargs)
 
 
 def _keep_signature(cls: type, *names: str) -> None:

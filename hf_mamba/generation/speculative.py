@@ -203,7 +203,7 @@ class Speculation:
                 return None, None
             prompt = self.source.read(input_ids)
             steps = _steps.setdefault(store, OrderedDict())
-            step = graph_loop._attempt(store, key, lambda: self._step(steps, key, cache, prompt), self.source.name)
+            step = graph_loop.attempt(store, key, lambda: self._step(steps, key, cache, prompt), self.source.name)
             # a locked step is decoding for another thread
             return (step if step is not None and step.lock.acquire(blocking=False) else None), prompt
 

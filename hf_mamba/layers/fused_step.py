@@ -1,4 +1,4 @@
-"""A block's decoding step on a GPU in four or five launches, seven for many rows: norm and residual go into the projections.
+"""A block's decoding step on a GPU in four or five launches for one row, up to seven for more: norm and residual go into the projections.
 
 A few tokens of a draft go the same way, with the states after each of them, on a CPU as well.
 

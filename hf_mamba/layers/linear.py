@@ -1,8 +1,8 @@
-"""When a linear layer's weight may be read directly instead of calling the layer."""
+"""When a layer's weights may be read directly instead of calling the layer."""
 
 from torch import nn
 
-__all__ = ["is_plain_linear"]
+__all__ = ["is_plain_linear", "is_unhooked"]
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -17,4 +17,11 @@ def is_plain_linear(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
+    )
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling `module`, forward and backward, runs the `forward` of its class and nothing else."""
+    return "forward" not in vars(module) and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -150,12 +150,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             None if grad_x is None else grad_x * grad,
-            None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
+            None if grad_weight is None else _scaled(grad_weight, grad, weight_dtype),
+            None if grad_bias is None else _scaled(grad_bias, grad, bias_dtype),
             None,
             None,
             None,
         )
+
+
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total * factor` in `dtype`, without another tensor in the dtype of `total`."""
+    if torch.compiler.is_compiling():
+        return (total * factor).to(dtype)
+    return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
 
 
 def _add_product(total: Tensor, grads: Tensor, x: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from mamba_kernels import rms_norm, selective_scan, selective_state_update
+from mamba_kernels.mixer import MAMBA_OPS, mamba_inner, mixers_are_fused
 
 from ..cache_layer import read_states, write_states
 from .convolution import CausalConv1d
-from .linear import is_plain_linear
+from .linear import is_plain_linear, is_unhooked
 from .projection import project
 
 __all__ = ["SelectiveScanMixer"]
@@ -40,6 +41,8 @@ class SelectiveScanMixer(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        # in training, compute in backward again what takes little time; see `RecurrentPreTrainedModel.set_lean_training`
+        self.is_lean = False
         self.hidden_size = config.hidden_size
         self.intermediate_size = config.intermediate_size
         self.ssm_state_size = config.state_size
@@ -79,11 +82,12 @@ class SelectiveScanMixer(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | None,
         cache: Cache | None = None,
         seq_idx: Tensor | None = None,
         real: Tensor | None = None,
         A: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> Tensor:
         """Mix over time.
 
@@ -94,10 +98,16 @@ class SelectiveScanMixer(nn.Module):
             real: (B, L, 1) in the dtype of `hidden_states`, 0 at padding in front of a row and 1 behind, where
                 `hidden_states` is 0 at padding and there is no state yet; see `pads_in_front`. Without gradients only.
             A: `-exp(A_log)`, from a caller that has computed it for all layers at once.
+            projected: the output of `in_proj`, from a caller that has computed it; `hidden_states` is not looked at then.
         """
-        x, z = project(self.in_proj, hidden_states).chunk(2, dim=-1)
+        if projected is None:
+            assert hidden_states is not None
+            projected = project(self.in_proj, hidden_states)
+        if cache is None and real is None and self._is_fused(projected):
+            return self._run_fused(projected, seq_idx)
+        x, z = projected.chunk(2, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
-        if ssm_state is not None and can_step(hidden_states, seq_idx):
+        if ssm_state is not None and can_step(projected, seq_idx):
             x = self.conv1d(x[:, 0], conv_state=conv_state)
             dt, B, C, dt_bias = self._ssm_parameters(x)
             y: Any = selective_state_update(
@@ -139,6 +149,47 @@ class SelectiveScanMixer(nn.Module):
             y, final_ssm_state = y
             write_states(cache, self.layer_idx, final_conv_state, final_ssm_state)
         return project(self.out_proj, y)
+
+    def _is_fused(self, projected: Tensor) -> bool:
+        """Whether what follows on the projection runs as one function, which training on a GPU does.
+
+        False where a module inside is of another kind, or somebody watches it.
+        """
+        conv, linears = self.conv1d, (self.x_proj, self.dt_proj, self.out_proj)
+        if self.parameter_norm_eps is not None or type(conv) is not CausalConv1d or conv.activation is not None:
+            return False
+        if not is_unhooked(conv) or type(conv.weight) is not nn.Parameter:
+            return False
+        if not all(is_plain_linear(linear) and is_unhooked(linear) for linear in linears):
+            return False
+        if any(linear.weight.dtype != projected.dtype for linear in linears) or self.x_proj.bias is not None:
+            return False
+        return mixers_are_fused(
+            projected,
+            conv.weight,
+            *(linear.weight for linear in linears),
+            state_size=self.ssm_state_size,
+            taps=conv.kernel_size[0],
+            ops=MAMBA_OPS,
+        )
+
+    def _run_fused(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """The mixer's output from the projection (B, L, 2 D), without states."""
+        return mamba_inner(
+            projected,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self._A(),
+            self.D,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            silu=self.conv1d.fused_activation is not None,
+            seq_idx=seq_idx,
+            recompute=self.is_lean,
+        )
 
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.float())

@@ -11,10 +11,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from mamba_kernels import ssd_chunk_scan, ssd_state_update
+from mamba_kernels.mixer import MixerSizes, mamba2_inner, mixers_are_fused
 
 from ..cache_layer import read_states, write_states
 from .convolution import CausalConv1d
-from .linear import is_plain_linear
+from .linear import is_plain_linear, is_unhooked
 from .norms import GatedRMSNorm
 from .projection import project
 from .selective_scan import can_step, initial_dt_bias
@@ -38,6 +39,8 @@ class SSDMixer(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        # in training, compute in backward again what takes little time; see `RecurrentPreTrainedModel.set_lean_training`
+        self.is_lean = False
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.n_groups, self.ssm_state_size = config.n_groups, config.state_size
         self.intermediate_size = self.num_heads * self.head_dim
@@ -77,11 +80,12 @@ class SSDMixer(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | None,
         cache: Cache | None = None,
         seq_idx: Tensor | None = None,
         real: Tensor | None = None,
         A: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> Tensor:
         """Mix over time.
 
@@ -92,12 +96,18 @@ class SSDMixer(nn.Module):
             real: (B, L, 1) in the dtype of `hidden_states`, 0 at padding in front of a row and 1 behind, where
                 `hidden_states` is 0 at padding and there is no state yet; see `pads_in_front`. Without gradients only.
             A: `-exp(A_log)`, from a caller that has computed it for all layers at once.
+            projected: the output of `in_proj`, from a caller that has computed it; `hidden_states` is not looked at then.
         """
         widths = [self.intermediate_size, self.conv_dim, self.num_heads]
-        z, xBC, dt = project(self.in_proj, hidden_states).split(widths, dim=-1)
+        if projected is None:
+            assert hidden_states is not None
+            projected = project(self.in_proj, hidden_states)
+        if cache is None and real is None and self._is_fused(projected):
+            return self._run_fused(projected, seq_idx)
+        z, xBC, dt = projected.split(widths, dim=-1)
         conv_state, ssm_state = read_states(cache, self.layer_idx)
         A = -torch.exp(self.A_log.float()) if A is None else A
-        if ssm_state is not None and can_step(hidden_states, seq_idx):
+        if ssm_state is not None and can_step(projected, seq_idx):
             x, B, C = self._split(self.conv1d(xBC[:, 0], conv_state=conv_state))
             y: Any = ssd_state_update(
                 ssm_state,
@@ -141,6 +151,50 @@ class SSDMixer(nn.Module):
             y, final_ssm_state = y
             write_states(cache, self.layer_idx, final_conv_state, final_ssm_state)
         return project(self.out_proj, self.norm(y.flatten(-2), z))
+
+    def _is_fused(self, projected: Tensor) -> bool:
+        """Whether what follows on the projection runs as one function, which training on a GPU does.
+
+        False where a module inside is of another kind, or somebody watches it.
+        """
+        conv, norm = self.conv1d, self.norm
+        if not (type(conv) is CausalConv1d and type(norm) is GatedRMSNorm and conv.activation is None):
+            return False
+        if not is_unhooked(conv) or not is_unhooked(norm) or type(conv.weight) is not nn.Parameter:
+            return False
+        return mixers_are_fused(
+            projected, conv.weight, norm.weight, state_size=self.ssm_state_size, taps=conv.kernel_size[0]
+        )
+
+    def _run_fused(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """The mixer's output from the projection (B, L, 2 D + 2 G N + H), without states."""
+        sizes = MixerSizes(
+            heads=self.num_heads,
+            head_dim=self.head_dim,
+            groups=self.n_groups,
+            state_size=self.ssm_state_size,
+            eps=self.norm.variance_epsilon,
+            group_size=self.norm.group_size,
+            silu=self.conv1d.fused_activation is not None,
+            dt_limit=self.time_step_limit,
+        )
+        last = self.out_proj
+        joins = is_plain_linear(last) and is_unhooked(last) and last.weight.dtype == projected.dtype
+        y = mamba2_inner(
+            projected,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            -torch.exp(self.A_log.float()),
+            self.D,
+            self.dt_bias,
+            self.norm.weight,
+            sizes,
+            out_weight=last.weight if joins else None,
+            out_bias=last.bias if joins else None,
+            seq_idx=seq_idx,
+            recompute=self.is_lean,
+        )
+        return y if joins else last(y)
 
     @property
     def pads_in_front(self) -> bool:

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from mamba_kernels import add_rms_norm
+from mamba_kernels.mixer import add_norm_linear, projections_are_fused
 
 from ..cache import MAX_REPLAY, RecurrentCache
 from ..cache_names import CACHE_NAMES
@@ -32,6 +33,7 @@ from ..integrations.weight_files import explain_loading_error
 from ..layers import CausalConv1d, RMSNorm, SelectiveScanMixer, SSDMixer
 from ..layers.cpu_steps import run_cpu_steps
 from ..layers.fused_step import fused_step
+from ..layers.linear import is_plain_linear, is_unhooked
 from ..sequences import SequenceLayout, padding_mask, resolve_layout
 from .inputs import (
     check_cache,
@@ -84,16 +86,19 @@ def _has_forward_of_block(kind: type[nn.Module]) -> bool:
     return inspect.unwrap(kind.forward) is inspect.unwrap(RecurrentBlock.forward)
 
 
-def _is_unhooked(module: nn.Module) -> bool:
-    """Whether calling `module`, forward and backward, runs the `forward` of its class and nothing else."""
-    return "forward" not in vars(module) and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _is_plain_norm(norm: Any, dtype: torch.dtype) -> bool:
     """Whether calling `norm` is an `rms_norm` with a result in `dtype`."""
-    return type(norm) is RMSNorm and _is_unhooked(norm) and norm.weight.dtype == dtype
+    return type(norm) is RMSNorm and is_unhooked(norm) and norm.weight.dtype == dtype
+
+
+def _projects_at_once(mixer: Any, update: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the first projection of a mixer is made together with the norm before it, which training on a GPU does."""
+    if type(mixer) not in (SelectiveScanMixer, SSDMixer) or not is_unhooked(mixer):
+        return False
+    first = mixer.in_proj
+    if not is_plain_linear(first) or not is_unhooked(first) or not first.weight.dtype == update.dtype == dtype:
+        return False
+    return projections_are_fused(update, first.weight)
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -210,6 +215,25 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:
         """Do nothing: a saved model refers to the installed package, so no code is to be copied beside it."""
+
+    def set_lean_training(self, share: float = 1.0) -> None:
+        """Whether layers compute again in backward what takes little time, in place of keeping it: the convolution's output
+        and, in Mamba, the steps.
+
+        Has an effect where the kernels run. Gradient checkpointing keeps less still and computes whole layers twice.
+
+        Args:
+            share: of the layers, from 0 (none) to 1 (all).
+
+        Raises:
+            ValueError: another share.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"set_lean_training: `share` must be between 0 and 1, got {share}.")
+        mixers = [module for module in self.modules() if isinstance(module, SelectiveScanMixer | SSDMixer)]
+        for index, mixer in enumerate(mixers):
+            # spread evenly
+            mixer.is_lean = int((index + 1) * share) > int(index * share)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -430,7 +454,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             and not torch.is_autocast_enabled(device.type)
             and _is_plain_norm(self.norm_f, dtype)
             and self._has_stock_blocks()
-            and all(_is_unhooked(layer) and _is_plain_norm(layer.norm, dtype) for layer in self.layers)
+            and all(is_unhooked(layer) and _is_plain_norm(layer.norm, dtype) for layer in self.layers)
         )
 
     def pads_in_front(self) -> bool:
@@ -468,6 +492,18 @@ class RecurrentModel(RecurrentPreTrainedModel):
             if decays is not None:
                 options["A"] = decays[index]
             dtype = torch.float32 if block.residual_in_fp32 else update.dtype if residual is None else residual.dtype
+            if cache is None and _projects_at_once(block.mixer, update, plain):
+                projected, residual = add_norm_linear(
+                    update,
+                    residual,
+                    block.norm.weight,
+                    block.mixer.in_proj.weight,
+                    block.mixer.in_proj.bias,
+                    eps=block.norm.variance_epsilon,
+                    residual_dtype=dtype,
+                )
+                update = block.mixer(None, seq_idx=layout.seq_idx, projected=projected, **options)
+                continue
             normed, residual = add_rms_norm(
                 update, residual, block.norm.weight, eps=block.norm.variance_epsilon, residual_dtype=dtype
             )

@@ -162,6 +162,8 @@ class _TrainingGraph:
 
     def _run(self) -> None:
         model: Any = self.model()
+        # those of the run before would be held through this one
+        self.gradients = ()
         options = {} if self.num_items is None else {"num_items_in_batch": self.num_items}
         autocast = torch.autocast(
             self.ids.device.type,
@@ -218,5 +220,18 @@ class _Replay(torch.autograd.Function):
                 "backward() before the next forward, or set `model.graph_training = False`."
             )
         known = [gradient for gradient in graph.gradients if gradient is not None]
-        scaled = iter(torch._foreach_mul(known, grad))
+        scaled = iter(_scaled(known, grad))
         return None, *(None if gradient is None else next(scaled) for gradient in graph.gradients)
+
+
+def _scaled(gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """The gradients times `factor` (): a launch for each dtype, since torch takes one for each tensor where they are mixed."""
+    places: dict[torch.dtype, list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        places.setdefault(gradient.dtype, []).append(index)
+    scaled = list(gradients)
+    for dtype, indices in places.items():
+        products = torch._foreach_mul([gradients[index] for index in indices], factor.to(dtype))
+        for index, product in zip(indices, products, strict=True):
+            scaled[index] = product
+    return scaled

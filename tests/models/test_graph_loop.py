@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+import mamba_kernels
 from hf_mamba import RecurrentCache
 from hf_mamba.generation import graphs
 
@@ -355,6 +356,26 @@ def test_a_capture_that_fails(
         assert torch.equal(generate(other, ids, replayed=False, max_new_tokens=STEPS, **GREEDY), expected)
     monkeypatch.setattr(graphs, "capture", works)
     assert torch.equal(generate(other, ids, max_new_tokens=STEPS, **GREEDY), expected)
+
+
+@pytest.mark.gpu
+def test_captures_what_no_early_launch_may_follow() -> None:
+    """Behind a fill a graph takes no launch that starts early; it is captured all the same, and is right."""
+    weight = torch.randn(64, 64, device="cuda")
+    out = torch.empty(1, 64, device="cuda")
+
+    def run() -> None:
+        out.copy_(mamba_kernels.fused_linear(torch.zeros(1, 64, device="cuda"), weight, bias=weight[0]))
+
+    graph = graphs.capture(run, out.device)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out[0], weight[0])
+    # random numbers still follow the seed after an attempt that broke off
+    torch.manual_seed(3)
+    first = torch.rand(4, device="cuda")
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(4, device="cuda"), first)
 
 
 def test_graphs_are_bounded_and_go_with_their_model(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

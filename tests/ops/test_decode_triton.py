@@ -4,6 +4,7 @@ Tests marked `gpu` run the compiled kernels. The others run the same kernels und
 """
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import mamba_kernels
 from mamba_kernels.decode import reference
+from mamba_kernels.early import early_launches
 
 from .comparison import TOLERANCES
 from .interpreter import Errors, errors_under_interpreter, print_errors
@@ -54,6 +56,32 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "mamba2-groups": {"op": MAMBA2, "groups": 2, "strided": True},
     "mamba2-limits": {"op": MAMBA2, "limit": (0.3, 0.9)},
     "mamba2-odd": {"op": MAMBA2, "heads": 3, "head_dim": 5, "size": 7},
+}
+
+# for the product on tensor cores, which takes fp32 under the interpreter if it is told to
+SKINNY_CASES: dict[str, dict[str, Any]] = {
+    "linear-skinny": {"op": LINEAR, "rows": 5},
+    "linear-skinny-two-tiles": {"op": LINEAR, "rows": 8, "inputs": 512, "outputs": 21, "bias": True},
+    "linear-skinny-odd-widths": {"op": LINEAR, "rows": 7, "inputs": 301, "outputs": 37, "norm": True},
+    "linear-skinny-many-outputs": {"op": LINEAR, "rows": 6, "inputs": 130, "outputs": 2050},
+    "linear-skinny-strided": {
+        "op": LINEAR,
+        "rows": 8,
+        "norm": True,
+        "gated": True,
+        "bias": True,
+        "residual": True,
+        "strided": True,
+    },
+    "linear-skinny-groups": {
+        "op": LINEAR,
+        "rows": 2,
+        "norm": True,
+        "gated": True,
+        "residual": True,
+        "inputs": 60,
+        "group_size": 20,
+    },
 }
 
 
@@ -141,15 +169,69 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float(difference / expected.double().square().mean().sqrt().clamp(min=1e-30))
 
 
+def interpreted_errors(skinny: bool = False, **case: Any) -> dict[str, float]:
+    """`errors`, and 0 as `product` if the skinny one ran where the case is for it, and only there."""
+    from mamba_kernels.decode import triton_rows, triton_skinny
+
+    dtypes = (FP32,) if skinny else triton_skinny.DTYPES
+    with (
+        mock.patch.object(triton_skinny, "DTYPES", dtypes),
+        mock.patch.object(triton_rows, "skinny_linear", wraps=triton_skinny.skinny_linear) as product,
+    ):
+        return errors(**case) | {"product": 0.0 if product.called == skinny else float("inf")}
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> Errors:
     return errors_under_interpreter(__name__)
 
 
-@pytest.mark.parametrize("case", TOY_CASES)
+@pytest.mark.parametrize("case", [*TOY_CASES, *SKINNY_CASES])
 def test_under_the_interpreter(interpreted: Errors, case: str) -> None:
     for name, error in interpreted[case].items():
         assert error <= 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("rows", "elements", "normed", "gated", "in_half", "in_fp32"),
+    [
+        (1, 1 << 26, True, True, True, True),
+        (2, 1 << 26, True, False, True, True),
+        (2, 1 << 21, True, True, True, True),
+        (2, 1 << 23, True, True, False, True),
+        (3, 1 << 15, True, False, True, True),
+        (3, 768 * 3072, True, False, False, True),
+        (4, 2048 * 8192, True, False, False, False),
+        (4, 1536 * 768, False, False, True, True),
+        (4, 5120 * 2560, False, False, False, True),
+        (5, 1 << 10, False, False, False, False),
+    ],
+)
+def test_which_products_are_one_launch(
+    rows: int, elements: int, normed: bool, gated: bool, in_half: bool, in_fp32: bool
+) -> None:
+    from mamba_kernels.decode.triton_linear import takes_one_launch
+
+    for skinny, expected in ((True, in_half), (False, in_fp32)):
+        assert takes_one_launch(rows, elements, normed, gated, skinny) == expected, skinny
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "dtype", "expected"),
+    [
+        (2, 768, 1536, BF16, True),
+        (8, 2560, 5120, FP16, True),
+        (9, 2560, 5120, FP16, False),
+        (1, 2560, 5120, FP16, False),
+        (4, 2560, 5120, FP32, False),
+        (8, 80, 1536, BF16, True),
+        (8, 192, 5120, BF16, False),
+    ],
+)
+def test_which_products_are_skinny(rows: int, outputs: int, inputs: int, dtype: torch.dtype, expected: bool) -> None:
+    from mamba_kernels.decode.triton_skinny import beats_the_library
+
+    assert beats_the_library(rows, torch.empty(outputs, inputs, dtype=dtype)) == expected
 
 
 # of published models: mamba-130m, mamba-2.8b, mamba2-2.7b, Codestral's groups, Falcon-Mamba
@@ -169,6 +251,8 @@ GPU_CASES: dict[str, dict[str, Any]] = {
         "group_size": 1024,
     },
     "head": {"op": LINEAR, "inputs": 768, "outputs": 50277, "bias": True},
+    "odd-large": {"op": LINEAR, "inputs": 2061, "outputs": 2051, "bias": True, "residual": True, "norm": True},
+    "odd-few-outputs": {"op": LINEAR, "inputs": 1100, "outputs": 70, "bias": True, "residual": True},
     "mamba-2.8b": {"op": MAMBA, "channels": 5120, "rank": 160},
     "mamba-falcon": {"op": MAMBA, "channels": 8192, "rank": 256, "norm_eps": 1e-5},
     "mamba2-2.7b": {"op": MAMBA2, "heads": 80, "head_dim": 64, "size": 128},
@@ -181,7 +265,7 @@ GPU_CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_on_a_gpu(case: str, dtype: torch.dtype) -> None:
-    for rows in (1, 2, 3, 4, 5, 9, 64):
+    for rows in (1, 2, 3, 4, 5, 8, 9, 64):
         torch.manual_seed(rows)
         for name, error in errors(**{"rows": rows, **GPU_CASES[case]}, dtype=dtype, device="cuda").items():
             assert error <= TOLERANCES[dtype], (name, rows)
@@ -201,5 +285,83 @@ def test_same_bits_ten_times(case: str) -> None:
     assert all(torch.equal(run(), first) for _ in range(10))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("captured", [False, True], ids=["in-a-stream", "in-a-graph"])
+def test_early_launches_have_the_same_bits(captured: bool, dtype: torch.dtype) -> None:
+    """A chain of all kernels of a step, of which each reads what the one in front of it has only just written."""
+    layers, channels, rank, size, rounds = 6, 512, 16, 16, 5
+    torch.manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype) * shape[-1] ** -0.5
+
+    weights = [
+        (
+            normal(2 * channels, channels),
+            normal(channels, 4),
+            normal(rank + 2 * size, channels),
+            normal(channels, channels),
+        )
+        for _ in range(layers)
+    ]
+    heads, head_dim = 8, channels // 8
+    in_ssd = [normal(2 * channels + 2 * size + heads, channels) for _ in range(layers)]
+    conv_ssd = [normal(channels + 2 * size, 4) for _ in range(layers)]
+    dt_weight, dt_bias = normal(channels, rank), torch.randn(channels, device="cuda")
+    A_log, D, scale = (
+        torch.rand(channels, size, device="cuda"),
+        torch.randn(channels, device="cuda"),
+        normal(channels).abs(),
+    )
+
+    def run(x: Tensor, states: list[Tensor]) -> Tensor:
+        held = iter(states)
+        for layer, (in_proj, taps, x_proj, out_proj) in enumerate(weights):
+            hidden, z = mamba_kernels.fused_linear(x, in_proj, norm_weight=scale).chunk(2, dim=-1)
+            hidden = mamba_kernels.causal_conv1d_update(hidden, next(held), taps, activation="silu")
+            parameters = mamba_kernels.fused_linear(hidden, x_proj)
+            y = mamba_kernels.mamba_step(next(held), hidden, parameters, dt_weight, dt_bias, A_log, D, z)
+            x = mamba_kernels.fused_linear(y, out_proj, residual=x)
+            widths = [channels, channels + 2 * size, heads]
+            z, xBC, dt = mamba_kernels.fused_linear(x, in_ssd[layer], norm_weight=scale).split(widths, dim=-1)
+            xBC = mamba_kernels.causal_conv1d_update(xBC, next(held), conv_ssd[layer], activation="silu")
+            y = mamba_kernels.mamba2_step(next(held), xBC, dt, dt_bias[:heads], A_log[:heads, 0], D[:heads], groups=1)
+            x = mamba_kernels.fused_linear(y, out_proj, norm_weight=scale, z=z, residual=x)
+        return x
+
+    def new_states(rows: int) -> list[Tensor]:
+        shapes = [(channels, 4), (channels, size), (channels + 2 * size, 4), (heads, head_dim, size)] * layers
+        kinds = [dtype, FP32] * (2 * layers)
+        return [
+            torch.zeros(rows, *shape, device="cuda", dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)
+        ]
+
+    for rows in (1, 2, 4, 8):
+        inputs = [normal(rows, channels) for _ in range(rounds)]
+        states = new_states(rows)
+        expected = [run(x, states) for x in inputs]
+        early_states = new_states(rows)
+        with early_launches() as asked:
+            if captured:
+                run(inputs[0], new_states(rows))
+                static, graph = inputs[0].clone(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    # behind a kernel of torch
+                    out = run(static * 1, early_states)
+                found = []
+                for x in inputs:
+                    static.copy_(x)
+                    graph.replay()
+                    found.append(out.clone())
+            else:
+                found = [run(x, early_states) for x in inputs]
+        assert asked.used
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), rows
+        assert all(torch.equal(a, b) for a, b in zip(early_states, states, strict=True)), rows
+
+
 if __name__ == "__main__":
-    print_errors(errors, TOY_CASES)
+    print_errors(
+        interpreted_errors, TOY_CASES | {name: {**case, "skinny": True} for name, case in SKINNY_CASES.items()}
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import mamba_kernels
+from mamba_kernels.early import early_launches
 from mamba_kernels.moe import experts_step, route, routed_experts
 
 from .comparison import TOLERANCES
@@ -165,6 +166,88 @@ def test_steps_and_layers_are_captured_on_gpu(dtype: torch.dtype) -> None:
             static.copy_(torch.randn_like(x))
             graph.replay()
             torch.testing.assert_close(out, run(static.clone()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "not-asked"])
+@pytest.mark.parametrize("told", [True, False], ids=["told", "logits"])
+def test_which_launches_of_a_step_start_early(monkeypatch: pytest.MonkeyPatch, asked: bool, told: bool) -> None:
+    """The second always where the GPU can; the first where it is asked for, and behind a router only."""
+    from mamba_kernels import early
+    from mamba_kernels.moe import triton_step
+
+    launched: list[dict[str, Any]] = []
+    for module in (early, triton_step):
+        monkeypatch.setattr(module, "knows_early_launches", lambda *_: True)
+    monkeypatch.setattr(triton_step, "launch", lambda *_, **meta: launched.append(meta))
+    operands = make_operands(2)
+    choice: dict[str, Tensor] = {"router_logits": torch.randn(2, 5)}
+    if told:
+        choice = {"indices": torch.zeros(2, 1, dtype=torch.int64), "weights": torch.ones(2, 1)}
+    with early_launches(asked) as used:
+        triton_step.experts_step_triton(**operands, **choice, activation="relu", gated=False)
+    first, second = launched
+    assert used.used == first["EARLY"] == first.get("launch_pdl", False) == (asked and not told)
+    assert first["NEXT_EARLY"] and second["EARLY"] and second["launch_pdl"]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("captured", [True, False], ids=["graph", "stream"])
+@DTYPES
+def test_early_launches_have_the_same_bits_on_gpu(captured: bool, dtype: torch.dtype) -> None:
+    """A chain of routed layers, of which each reads what the launches in front of it have only just written."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs launches that start early")
+    layers, channels, inner, experts, rounds = 8, 512, 640, 16, 5
+    torch.manual_seed(0)
+    weights = [
+        make_operands(1, channels, experts, inner, gated=True, dtype=dtype, device="cuda") for _ in range(layers)
+    ]
+    for operands in weights:
+        del operands["x"]
+    routers = [torch.randn(experts, channels, device="cuda") for _ in range(layers)]
+    norm = {"norm_weight": torch.rand(channels, device="cuda").to(dtype) + 0.5, "eps": 1e-5}
+    projection = (torch.randn(channels, channels, device="cuda") * channels**-0.5).to(dtype)
+
+    def run(x: Tensor) -> list[Tensor]:
+        """What every layer adds to and chooses."""
+        found = []
+        for layer, (router, operands) in enumerate(zip(routers, weights, strict=True)):
+            options: dict[str, Any] = {"activation": "silu", "gated": True, "residual": x, **norm}
+            logits = mamba_kernels.fused_linear(x, router, **norm)
+            x, indices, chosen = experts_step(
+                x, **operands, **options, router_logits=logits, top_k=1 + layer % 2, normalize=layer % 4 < 2
+            )
+            found += [x, logits, indices, chosen]
+            if layer % 3 == 0:
+                # a choice that is told, by a kernel in front
+                options["residual"] = x = mamba_kernels.fused_linear(x, projection, residual=x, **norm)
+                x, *_ = experts_step(x, **operands, **options, indices=indices.flip(0), weights=chosen)
+                found.append(x)
+        return found
+
+    for rows in (1, 2, 4):
+        inputs = [torch.randn(rows, channels, device="cuda").to(dtype) for _ in range(rounds)]
+        expected = [run(x) for x in inputs]
+        with early_launches() as asked:
+            if captured:
+                run(inputs[0])
+                static, graph = inputs[0].clone(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    # behind a kernel of torch
+                    out = run(static * 1)
+                found = []
+                for x in inputs:
+                    static.copy_(x)
+                    graph.replay()
+                    found.append([value.clone() for value in out])
+            else:
+                found = [run(x) for x in inputs]
+        assert asked.used
+        for actual, wanted in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True)), rows
+        # the layers and rounds do not all choose the same expert
+        assert len({int(index) for results in expected for index in results[2].flatten()}) > 1
 
 
 @pytest.mark.gpu

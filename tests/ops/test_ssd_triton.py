@@ -49,6 +49,9 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "fp16-bare-and-segments": {"dtype": FP16, "batch": 1, "length": 53, "split": True, "bare": True},
     "fp16-states-in-parts": {"dtype": FP16, "size": 20, "states": 16},
     "fp16-with-16-bit-states": {"dtype": FP16, "heads": 3, "small": 0},
+    "fp16-whole-rows": {"dtype": FP16, "heads": 3, "head_dim": 16, "size": 16},
+    "fp16-whole-rows-bare": {"dtype": FP16, "head_dim": 16, "size": 16, "bare": True, "small": 0},
+    "fp16-strided-and-per-channel": {"dtype": FP16, "strided": True, "per_channel": True},
     "fp16-bare-with-16-bit-states": {"dtype": FP16, "bare": True, "small": 0},
 }
 
@@ -224,11 +227,30 @@ def test_sums_that_cancel_on_gpu(length: int, dtype: torch.dtype) -> None:
         {"heads": 8, "groups": 4, "head_dim": 32, "size": 16},
         {"strided": True, "per_channel": True},
         {"head_dim": 40, "size": 24},
+        # heads that begin at no multiple of 16 elements, without a gate
+        {"head_dim": 24, "size": 16, "bare": True},
+        {"head_dim": 40, "size": 24, "bare": True},
+        {"head_dim": 120, "size": 16, "heads": 3, "bare": True},
+        {"head_dim": 40, "size": 32, "heads": 24, "length": 1024, "bare": True},
+        {"strided": True, "bare": True},
         {"head_dim": 128, "size": 256},
         {"head_dim": 256, "size": 17, "heads": 2},
         {"batch": 64, "length": 100, "bare": True},
     ],
-    ids=["bare", "groups", "strided", "P40-N24", "P128-N256", "P256-N17", "batch-64"],
+    ids=[
+        "bare",
+        "groups",
+        "strided",
+        "P40-N24",
+        "P24-N16-bare",
+        "P40-N24-bare",
+        "P120-N16-bare",
+        "P40-N32-bare",
+        "strided-bare",
+        "P128-N256",
+        "P256-N17",
+        "batch-64",
+    ],
 )
 def test_shapes_on_gpu(shape: dict[str, Any], dtype: torch.dtype) -> None:
     sizes = {"batch": 2, "length": 257, "heads": 4, "head_dim": 64, "groups": 1, "size": 128} | shape

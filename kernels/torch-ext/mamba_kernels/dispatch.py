@@ -19,11 +19,13 @@ __all__ = [
     "BACKENDS",
     "MOST_ROWS",
     "OPS",
+    "WHOLE",
     "backend",
     "forced_backend",
     "left_to_eager",
     "on_device",
     "select",
+    "unfit_for_kernels",
     "warn_once",
 ]
 
@@ -38,6 +40,11 @@ LARGEST_STATE = 256
 LARGEST_WIDTH = 8
 # most rows that a projection of a decoding step takes; with more, the partial sums leave the registers
 MOST_ROWS = 4
+
+# Where a stride is a multiple of this, Triton knows it and fetches operands of 16 bits in whole words. Where it is not, operands of
+# products in the backward of SSD go to shared memory one by one, and triton 3.6 made code for sm_90 of that which faulted or gave NaN
+# (head_dim 24, 40 and 120 without a gate): such rows are padded or copied
+WHOLE = 16
 
 # every op and whether it has a Triton implementation yet; `hf-mamba env` prints this table
 OPS: dict[str, bool] = {
@@ -138,28 +145,33 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return _NO_CHANGE if device.index == module.current_device() else module.device(device)
 
 
-def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = None, taps: int | None = None) -> bool:
-    """Whether a Triton op leaves a call to the eager one: no elements, or something its kernels do not take, said once.
+def unfit_for_kernels(
+    x: Tensor, *others: Tensor | None, state_size: int | None = None, taps: int | None = None
+) -> str | None:
+    """What of a call the Triton kernels do not take, empty if it has no elements; None if they take it.
 
     They compute in fp32, hold at most LARGEST_STATE states and are unrolled over at most LARGEST_WIDTH taps.
     """
     if x.numel() == 0 or state_size == 0:
-        return True
-    reason = None
-    if state_size is not None and state_size > LARGEST_STATE:
-        reason = f"states of more than {LARGEST_STATE}"
-    elif taps is not None and taps > LARGEST_WIDTH:
-        reason = f"convolutions of more than {LARGEST_WIDTH} taps"
+        return ""
     for value in (x, *others):
         if value is not None and value.dtype == torch.float64:
-            reason = "fp64 operands"
-    if reason is None:
-        return False
-    if not torch.compiler.is_compiling():
+            return "fp64 operands"
+    if state_size is not None and state_size > LARGEST_STATE:
+        return f"states of more than {LARGEST_STATE}"
+    if taps is not None and taps > LARGEST_WIDTH:
+        return f"convolutions of more than {LARGEST_WIDTH} taps"
+    return None
+
+
+def left_to_eager(x: Tensor, *others: Tensor | None, state_size: int | None = None, taps: int | None = None) -> bool:
+    """Whether a Triton op leaves a call to the eager one; the reason, if it is not that there is nothing to do, is said once."""
+    reason = unfit_for_kernels(x, *others, state_size=state_size, taps=taps)
+    if reason and not torch.compiler.is_compiling():
         warn_once(
             f"mamba_kernels: the Triton kernels do not take {reason}; those run as plain torch, which is slower."
         )
-    return True
+    return reason is not None
 
 
 # a constant to torch.compile, which cannot look into it; it would look through a cache around it

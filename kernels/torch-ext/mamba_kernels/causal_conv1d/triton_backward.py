@@ -63,6 +63,8 @@ def conv_bwd_kernel(
     stride_t,
     stride_dy_b,
     stride_dy_t,
+    stride_dx_b,
+    stride_dx_t,
     length,
     channels,
     run,
@@ -78,11 +80,18 @@ def conv_bwd_kernel(
     MARKS: tl.constexpr,
     VARLEN: tl.constexpr,
     SILU: tl.constexpr,
+    EIGHTHS: tl.constexpr,
 ):
     """dx of `run` tokens, and their share of the gradients of the weight and the bias: sums (B · n_runs, W or W + 1, D).
 
     ends (B,): where the last sequence of each row ends, with MARKS. run + W - 1 is best a multiple of K.
     """
+    if EIGHTHS:
+        # as in the forward
+        stride_t = stride_t // 8 * 8
+        stride_b = stride_b // 8 * 8
+        stride_dx_t = stride_dx_t // 8 * 8
+        stride_dx_b = stride_dx_b // 8 * 8
     blocks = tl.cdiv(channels, BC)
     pid = tl.program_id(0).to(tl.int64)
     c = (pid % blocks).to(tl.int32) * BC + tl.arange(0, BC)
@@ -93,7 +102,7 @@ def conv_bwd_kernel(
     row = share // n_runs
     x += row * stride_b
     dy += row * stride_dy_b
-    dx += row * length * channels
+    dx += row * stride_dx_b
     numbers += row * length
     taps = load_taps(weight, c, mask, W, STRIDE_D, STRIDE_W)
     zeros = tl.zeros((BC,), tl.float32)
@@ -171,7 +180,7 @@ def conv_bwd_kernel(
                     state = sequence_at(numbers, s, length, MARKS, VARLEN).to(tl.int64)
                     end = tl.load(bounds + state + 1).to(tl.int32)
                 gradient += _gradient_of_final(dfinal, s, wanted, end, state, c, mask, channels, W)
-            tl.store(dx + s.to(tl.int64) * channels + c, gradient, mask=both(mask, (s >= start) & (s < stop)))
+            tl.store(dx + s.to(tl.int64) * stride_dx_t + c, gradient, mask=both(mask, (s >= start) & (s < stop)))
             shifted = ()
             kept = ()
             alive = ()

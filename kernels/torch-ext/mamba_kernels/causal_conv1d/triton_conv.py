@@ -15,7 +15,7 @@ from .triton_backward import BACKWARD, conv_bwd_kernel, conv_initial_gradient_ke
 from .triton_common import Tuning
 from .triton_forward import FORWARD, conv_final_states_kernel, conv_fwd_kernel
 
-__all__ = ["CausalConv1dTritonFunction", "causal_conv1d_triton"]
+__all__ = ["CausalConv1dTritonFunction", "causal_conv1d_triton", "conv_backward", "conv_forward", "layout_of"]
 
 
 class Layout(NamedTuple):
@@ -52,7 +52,12 @@ def _blocks(channels: int, tuning: Tuning) -> tuple[int, int]:
     return block, -(-channels // block)
 
 
-def _forward(
+def _in_eighths(*values: Tensor) -> bool:
+    """Whether rows start at multiples of 8 elements."""
+    return all(stride % 8 == 0 for value in values for stride in value.stride()[:2])
+
+
+def conv_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -98,6 +103,7 @@ def _forward(
         BC=block,
         HAS_BIAS=bias is not None,
         SILU=silu,
+        EIGHTHS=_in_eighths(x),
         **flags,
         num_warps=1,
     )
@@ -124,6 +130,93 @@ def _forward(
     return y, final
 
 
+def conv_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    layout: Layout,
+    silu: bool,
+    dy: Tensor,
+    dfinal: Tensor | None = None,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and initial states; dx (B, L, D) is where the first is to be written, with innermost stride 1."""
+    batch, length, channels = x.shape
+    taps = weight.shape[1]
+    tuning = BACKWARD
+    block, blocks = _blocks(channels, tuning)
+    # with the tokens beyond a run that send gradients back to it, whole rounds; eight taps take two rounds at least
+    run = tuning.rounds(batch, length, blocks) * tuning.tokens - (taps - 1)
+    runs = -(-length // run)
+    dy = _dense_rows(dy)
+    numbers, bounds, ends = layout
+    has_final = dfinal is not None and taps > 1
+    states = dfinal.contiguous() if dfinal is not None and has_final else x
+    if dx is None:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums = torch.empty((batch * runs, taps + (bias is not None), channels), dtype=torch.float32, device=x.device)
+    flags: dict[str, Any] = {"HAS_BIAS": bias is not None, "MARKS": ends is not None, "VARLEN": bounds is not None}
+    flags |= {"STRIDE_D": weight.stride(0), "STRIDE_W": weight.stride(1)}
+    operands = (
+        x,
+        dy,
+        weight,
+        x if bias is None else bias,
+        x if initial is None else initial,
+        x if numbers is None else numbers,
+        x if bounds is None else bounds,
+        x if ends is None else ends,
+        states,
+    )
+    strides = (*x.stride()[:2], *dy.stride()[:2])
+    launch(
+        conv_bwd_kernel,
+        (batch * runs * blocks,),
+        *operands,
+        dx,
+        sums,
+        *strides,
+        *dx.stride()[:2],
+        length,
+        channels,
+        run,
+        runs,
+        W=taps,
+        K=tuning.tokens,
+        BC=block,
+        HAS_INITIAL=initial is not None,
+        HAS_FINAL=has_final,
+        SILU=silu,
+        EIGHTHS=_in_eighths(x, dx),
+        **flags,
+        num_warps=1,
+    )
+    dinitial = None
+    if initial is not None:
+        dinitial = torch.empty_like(initial)
+        if dinitial.numel():
+            launch(
+                conv_initial_gradient_kernel,
+                (dinitial.shape[0] * blocks,),
+                *operands,
+                dinitial,
+                *strides,
+                length,
+                channels,
+                W=taps,
+                BC=block,
+                HAS_FINAL=has_final,
+                SILU=silu,
+                **flags,
+                num_warps=1,
+            )
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = None if bias is None else torch.empty_like(bias)
+    sum_partials(sums, dweight, dbias)
+    return dx, dweight, dbias, dinitial
+
+
 class CausalConv1dTritonFunction(torch.autograd.Function):
     """The convolution, differentiable once; with final states a pair."""
 
@@ -144,7 +237,7 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
         ctx.silu = silu
         ctx.set_materialize_grads(False)
         layout = Layout(numbers, bounds, ends)
-        y, final = _forward(x, weight, bias, initial, layout, silu, return_final_states)
+        y, final = conv_forward(x, weight, bias, initial, layout, silu, return_final_states)
         return (y, final) if return_final_states else y
 
     @staticmethod
@@ -154,71 +247,9 @@ class CausalConv1dTritonFunction(torch.autograd.Function):
         if dy is None:
             # only the final states were used
             dy = torch.zeros_like(x)
-        batch, length, channels = x.shape
-        taps = weight.shape[1]
-        tuning = BACKWARD
-        block, blocks = _blocks(channels, tuning)
-        # with the tokens beyond a run that send gradients back to it, whole rounds; eight taps take two rounds at least
-        run = tuning.rounds(batch, length, blocks) * tuning.tokens - (taps - 1)
-        runs = -(-length // run)
-        dy = _dense_rows(dy)
-        has_final = dfinal is not None and taps > 1
-        states = dfinal.contiguous() if dfinal is not None and has_final else x
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        sums = torch.empty((batch * runs, taps + (bias is not None), channels), dtype=torch.float32, device=x.device)
-        flags = {"HAS_BIAS": bias is not None, "MARKS": ends is not None, "VARLEN": bounds is not None}
-        flags |= {"STRIDE_D": weight.stride(0), "STRIDE_W": weight.stride(1)}
-        operands = (
-            x,
-            dy,
-            weight,
-            x if bias is None else bias,
-            x if initial is None else initial,
-            x if numbers is None else numbers,
-            x if bounds is None else bounds,
-            x if ends is None else ends,
-            states,
-        )
-        strides = (*x.stride()[:2], *dy.stride()[:2], length, channels)
-        launch(
-            conv_bwd_kernel,
-            (batch * runs * blocks,),
-            *operands,
-            dx,
-            sums,
-            *strides,
-            run,
-            runs,
-            W=taps,
-            K=tuning.tokens,
-            BC=block,
-            HAS_INITIAL=initial is not None,
-            HAS_FINAL=has_final,
-            SILU=ctx.silu,
-            **flags,
-            num_warps=1,
-        )
-        dinitial = None
-        if initial is not None:
-            dinitial = torch.empty_like(initial)
-            if dinitial.numel():
-                launch(
-                    conv_initial_gradient_kernel,
-                    (dinitial.shape[0] * blocks,),
-                    *operands,
-                    dinitial,
-                    *strides,
-                    W=taps,
-                    BC=block,
-                    HAS_FINAL=has_final,
-                    SILU=ctx.silu,
-                    **flags,
-                    num_warps=1,
-                )
-        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        dbias = None if bias is None else torch.empty_like(bias)
-        sum_partials(sums, dweight, dbias)
-        return dx, dweight, dbias, dinitial, *(None,) * 5
+        layout = Layout(numbers, bounds, ends)
+        gradients = conv_backward(x, weight, bias, initial, layout, ctx.silu, dy, dfinal)
+        return *gradients, *(None,) * 5
 
 
 def _dense_rows(value: Tensor) -> Tensor:
@@ -256,5 +287,5 @@ def causal_conv1d_triton(
     silu = activation is not None
     if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats):
         return CausalConv1dTritonFunction.apply(*floats, *layout, silu, return_final_states)
-    y, final = _forward(x, weight, bias, initial, layout, silu, return_final_states)
+    y, final = conv_forward(x, weight, bias, initial, layout, silu, return_final_states)
     return y if final is None else (y, final)

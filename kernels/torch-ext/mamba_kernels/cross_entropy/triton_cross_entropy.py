@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["cross_entropy_triton"]
 
 # logits that a program holds at a time, and its warps
-BLOCK_V, NUM_WARPS = 4096, 8
+BLOCK_V, NUM_WARPS = 8192, 16
 
 
 @triton.jit

@@ -7,7 +7,8 @@ sum of squares is gathered beside the product, and nothing waits for it before t
 sums of a group are scaled and put aside when its last channel has been read.
 
 A program reads BO rows of the weight, BK columns at a time, all of them once for all rows of x; partial sums stay in registers
-as tiles (BO, BK) until the end. Sums are in fp32 and in a fixed order.
+as tiles (BO, BK) until the end. Sums are in fp32 and in a fixed order. A launch that starts early (`early`) fetches the first tiles
+while the kernel in front of it is at work.
 
 Symbols: B rows of x (a constant of the kernel), K inputs, O outputs.
 """
@@ -20,10 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import MOST_ROWS, left_to_eager
+from ..early import launches_early
 from .eager import fused_linear_eager
 from .triton_rows import linear_of_many_rows
+from .triton_skinny import multiplies
 
-__all__ = ["Tuning", "choose", "fused_linear_triton"]
+__all__ = ["Tuning", "choose", "fused_linear_triton", "takes_one_launch"]
 
 
 class Tuning(NamedTuple):
@@ -41,6 +44,10 @@ TUNING = {1: Tuning(4, 1024, 4), 2: Tuning(2, 1024, 4), 4: Tuning(1, 1024, 4)}
 MEASURED = {2560: Tuning(4, 2048, 8), 5120: Tuning(4, 512, 2)}
 # a grid of fewer programs than this leaves multiprocessors idle
 FEWEST_PROGRAMS = 264
+# elements of a weight up to which a launch is expected to be faster than two (`takes_one_launch`)
+FEW_ELEMENTS, MANY_ELEMENTS = 1 << 20, 4 << 20
+# values of weights that a thread holds while it waits
+MOST_AHEAD = 64
 
 
 @triton.jit
@@ -66,13 +73,23 @@ def _fused_linear_kernel(
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """y (B, O)."""
+    """y (B, O). With EARLY, the first AHEAD tiles of a program's weights are fetched before x is there."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     o = pid * BO + tl.arange(0, BO)
     is_output = o < outputs
     k = tl.arange(0, BK)
     tile = weight + pid.to(tl.int64) * (BO * K) + tl.arange(0, BO)[:, None] * K + k[None, :]
+    fetched = ()
+    for i in tl.static_range(AHEAD):
+        mask = is_output[:, None] & (i * BK + k < K)[None, :]
+        fetched = fetched + (tl.load(tile + i * BK, mask=mask, other=0.0, eviction_policy="evict_first"),)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     sums = ()
     done = ()
     squares = ()
@@ -85,9 +102,12 @@ def _fused_linear_kernel(
             inside = k < BK
         else:
             inside = start + k < K
-        values = tl.load(
-            tile + start, mask=is_output[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
-        ).to(tl.float32)
+        if start // BK < AHEAD:
+            values = fetched[start // BK].to(tl.float32)
+        else:
+            values = tl.load(
+                tile + start, mask=is_output[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
         scale = tl.zeros((BK,), tl.float32)
         if HAS_NORM:
             scale = tl.load(norm_weight + start + k, mask=inside, other=0.0).to(tl.float32)
@@ -141,6 +161,28 @@ def choose(rows: int, inputs: int, outputs: int, group: int, gated: bool = False
     return Tuning(per_program, block, tuning.warps)
 
 
+def takes_one_launch(rows: int, elements: int, normed: bool, gated: bool, skinny: bool) -> bool:
+    """Whether the kernel of this file is faster than a norm and a product in turn, for a weight of so many elements.
+
+    Its time grows with the rows: with one output a program, as it has for 3 and 4 rows, every program reads and normalises x
+    anew, in fp32 where the norm is. A second launch costs about 2 µs, which only a large weight gives back. Measured on an H100
+    in bf16 from 1.2 to 17 million elements (docs/performance.md), where 3 and 4 rows with a norm took 2 to 3 µs for a million
+    elements here; below that, and with z below 8 million, inferred.
+
+    Args:
+        skinny: whether the product would be that of `triton_skinny`, and not torch's.
+    """
+    if rows > MOST_ROWS:
+        return False
+    if rows == 1:
+        return True
+    if rows == 2:
+        return not (gated and skinny) or elements <= MANY_ELEMENTS
+    if skinny:
+        return elements <= (FEW_ELEMENTS if normed else MANY_ELEMENTS)
+    return not normed or elements <= MANY_ELEMENTS
+
+
 def fused_linear_triton(
     x: Tensor,
     weight: Tensor,
@@ -151,7 +193,7 @@ def fused_linear_triton(
     group_size: int | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`fused_linear` in Triton; arguments as there, assumed to be checked. Many rows are left to torch's product, fp64 to eager."""
+    """`fused_linear` in Triton; arguments as there, assumed to be checked. Many rows have a product of their own, fp64 is eager's."""
     rows, inputs = x.shape
     outputs = weight.shape[0]
     group = inputs if group_size is None else group_size
@@ -160,7 +202,13 @@ def fused_linear_triton(
     empty = rows == 0 or outputs == 0 or inputs == 0
     if empty or left_to_eager(x, weight, bias, norm_weight, z, residual):
         run = fused_linear_eager
-    elif rows > MOST_ROWS or splits_badly:
+    elif splits_badly or not takes_one_launch(
+        rows,
+        weight.numel(),
+        norm_weight is not None,
+        z is not None,
+        multiplies(weight),
+    ):
         run = linear_of_many_rows
         x = x if x.stride(1) == 1 else x.contiguous()
         z = z if z is None or z.stride(1) == 1 else z.contiguous()
@@ -183,6 +231,12 @@ def fused_linear_triton(
     added = x if residual is None else residual if residual.stride(1) == 1 else residual.contiguous()
     dtype = weight.dtype if residual is None else torch.promote_types(residual.dtype, weight.dtype)
     y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    early = launches_early(x)
+    ahead = 0
+    if early:
+        ahead = min(
+            triton.cdiv(inputs, tuning.inputs), 32 * tuning.warps * MOST_AHEAD // (tuning.outputs * tuning.inputs)
+        )
     _fused_linear_kernel[(triton.cdiv(outputs, tuning.outputs),)](
         x,
         z_rows,
@@ -205,6 +259,9 @@ def fused_linear_triton(
         HAS_Z=z is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
+        EARLY=early,
+        AHEAD=ahead,
         num_warps=tuning.warps,
+        **({"launch_pdl": True} if early else {}),
     )
     return y

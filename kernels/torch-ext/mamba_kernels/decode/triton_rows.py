@@ -1,7 +1,8 @@
-"""`fused_linear` on more rows than a program can hold partial sums of: a norm in one launch, then torch's product.
+"""`fused_linear` on more rows than one launch is fast for: a norm in one launch, then a product, ours (`triton_skinny`) or torch's.
 
 The norm (Zhang and Sennrich, arXiv 1910.07467, or Mamba-2's gated one over groups, arXiv 2405.21060, section 7.1) reads the residual
 stream in its dtype and writes that of the weight, so that no cast is a launch of its own; the residual is added by the product.
+A launch of the norm that starts early (`early`) reads its weight while the kernel in front of it is at work.
 
 Symbols: B rows, K inputs, O outputs.
 """
@@ -13,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..early import launches_early
+from .triton_skinny import beats_the_library, skinny_linear
 
 __all__ = ["linear_of_many_rows"]
 
@@ -33,14 +37,19 @@ def _norm_rows_kernel(
     GROUP: tl.constexpr,
     BK: tl.constexpr,
     HAS_Z: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y (B, K), contiguous; a program normalises one group of one row."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     groups: tl.constexpr = K // GROUP
     row = (tl.program_id(0) // groups).to(tl.int64)
     i = tl.arange(0, BK)
     inside = i < GROUP
     k = (tl.program_id(0) % groups) * GROUP + i
     scale = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * stride_x + k, mask=inside, other=0.0).to(tl.float32)
     if HAS_Z:
         gate = tl.load(z + row * stride_z + k, mask=inside, other=0.0).to(tl.float32)
@@ -65,6 +74,7 @@ def linear_of_many_rows(
         group = inputs if group_size is None else group_size
         block = triton.next_power_of_2(group)
         normed = torch.empty(rows, inputs, dtype=weight.dtype, device=x.device)
+        early = launches_early(x)
         _norm_rows_kernel[(rows * (inputs // group),)](
             x,
             x if z is None else z,
@@ -77,9 +87,13 @@ def linear_of_many_rows(
             GROUP=group,
             BK=block,
             HAS_Z=z is not None,
+            EARLY=early,
             num_warps=min(8, max(1, block // WARP_TILE)),
+            **({"launch_pdl": True} if early else {}),
         )
         x = normed
+    if beats_the_library(rows, weight):
+        return skinny_linear(x, weight, bias, residual)
     x = x.to(weight.dtype)
     if residual is None:
         return F.linear(x, weight, bias)

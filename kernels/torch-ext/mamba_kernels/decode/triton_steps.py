@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import left_to_eager
+from ..early import launches_early
 from ..norm.triton_norm import rms_norm_triton
 from ..selective_scan.triton_common import LOG2_E, softplus
 from .eager import mamba2_step_eager, mamba_step_eager
@@ -68,8 +69,11 @@ def _mamba_step_kernel(
     BR: tl.constexpr,
     NORM: tl.constexpr,
     PROJECTED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y (B, D) and the state in place. With PROJECTED, dt_weight is dt (B, D) after `dt_proj`, without its bias."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     blocks: tl.constexpr = (DIM + BD - 1) // BD
     entry = (tl.program_id(0) // blocks).to(tl.int64)
     d = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
@@ -89,6 +93,8 @@ def _mamba_step_kernel(
     skip = tl.load(D + d, mask=is_channel, other=0.0).to(tl.float32)
     held = state + entry * stride_state + cells
     h = tl.load(held, mask=mask, other=0.0).to(tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     parameters += entry * stride_parameters
     if PROJECTED:
         step = tl.load(dt_weight + entry * DIM + d, mask=is_channel, other=0.0).to(tl.float32)
@@ -128,6 +134,7 @@ def mamba_step_triton(
         low = parameters[:, :rank]
         dt_weight = F.linear(low if norm_eps is None else rms_norm_triton(low, None, norm_eps), dt_weight)
     block = PROJECTED_CHANNELS if projected else CHANNELS
+    early = launches_early(x)
     y = torch.empty(batch, channels, dtype=x.dtype, device=x.device)
     _mamba_step_kernel[(batch * triton.cdiv(channels, block),)](
         state,
@@ -152,7 +159,9 @@ def mamba_step_triton(
         BR=triton.next_power_of_2(rank),
         NORM=norm_eps is not None,
         PROJECTED=projected,
+        EARLY=early,
         num_warps=1 if projected else 4,
+        **({"launch_pdl": True} if early else {}),
     )
     return y
 
@@ -177,8 +186,11 @@ def _mamba2_step_kernel(
     GROUPS: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y (B, H P) and the state in place."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     blocks: tl.constexpr = (P + BP - 1) // BP
     pid = tl.program_id(0)
     entry = (pid // (blocks * HEADS)).to(tl.int64)
@@ -194,6 +206,8 @@ def _mamba2_step_kernel(
     rows = head * P + p
     held = state + entry * stride_state + rows[:, None] * N + n[None, :]
     h = tl.load(held, mask=mask, other=0.0).to(tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     xBC += entry * stride_xBC
     projections = xBC + HEADS * P + (head // (HEADS // GROUPS)) * N
     delta = softplus(tl.load(dt + entry * stride_dt + head).to(tl.float32) + bias)
@@ -225,6 +239,7 @@ def mamba2_step_triton(
     block_n = triton.next_power_of_2(size)
     block_p = min(max(1, TILE // block_n), triton.next_power_of_2(head_dim))
     y = torch.empty(batch, heads * head_dim, dtype=xBC.dtype, device=xBC.device)
+    early = launches_early(xBC)
     _mamba2_step_kernel[(batch * heads * triton.cdiv(head_dim, block_p),)](
         state,
         xBC,
@@ -244,6 +259,8 @@ def mamba2_step_triton(
         GROUPS=groups,
         BP=block_p,
         BN=block_n,
+        EARLY=early,
         num_warps=max(1, block_p * block_n // WARP_TILE),
+        **({"launch_pdl": True} if early else {}),
     )
     return y

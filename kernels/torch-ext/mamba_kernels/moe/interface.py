@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_dtype, check_same_device, check_shape, check_tensor
-from ..dispatch import MOST_ROWS, left_to_eager, on_device, select
+from ..dispatch import MOST_ROWS, left_to_eager, on_device, select, unfit_for_kernels
 from ..signatures import once_per_signature
 from .eager import experts_step_eager, route_eager, routed_experts_eager
 from .reference import experts_step_ref, route_ref, routed_experts_ref
@@ -40,12 +40,7 @@ def _check_route(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, sco
         raise ValueError(f"{op}: `top_k` must be from 1 to the {weight.shape[0]} experts, got {top_k}.")
     if scoring not in ("softmax", "sigmoid"):
         raise ValueError(f"{op}: `scoring` must be 'softmax' or 'sigmoid', got {scoring!r}.")
-    return weight.shape[0] <= MOST_EXPERTS and _are_for_kernels(x, weight, bias)
-
-
-def _are_for_kernels(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether `left_to_eager` leaves them to the kernels and has nothing to say."""
-    return x.numel() > 0 and all(value is None or value.dtype != torch.float64 for value in (x, *others))
+    return weight.shape[0] <= MOST_EXPERTS and unfit_for_kernels(x, weight, bias) is None
 
 
 def route(
@@ -130,7 +125,7 @@ def _check_experts(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: `activation` must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
     fits = indices is not None and indices.shape[1] > 0 and grouped_mm_fits(up, down)
-    return fits and _are_for_kernels(x, weights, up, up_bias, down_bias)
+    return fits and unfit_for_kernels(x, weights, up, up_bias, down_bias) is None
 
 
 def routed_experts(

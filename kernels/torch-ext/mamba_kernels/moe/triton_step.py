@@ -6,15 +6,14 @@
 Both launches find the experts themselves, from the router's logits, or are told. A program reads BO rows of a matrix, BK columns
 at a time, as `fused_linear` does; sums are in fp32 and in a fixed order.
 
-The second waits for the first, and would start when that one has ended. Hopper can start it earlier (programmatic dependent
-launch), so that it fetches its weights while the first is at work, of which nothing depends on the first but the product. The
-first starts in the ordinary way: a CUDA graph lets a launch start early behind a kernel only, and what is in front of the first is
-not known here.
+The second waits for the first, and would start when that one has ended. Hopper can start it earlier (`early`), so that it fetches
+its weights while the first is at work, of which nothing depends on the first but the product. The first can do nothing before it
+has the logits, but is there when they are; whether it may start early is asked for, since what is in front of it is not known
+here. It waits before it lets the second start, which therefore finds the logits written.
 
 Symbols: B tokens, k experts per token, d model width, E experts, F expert width.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..early import knows_early_launches, launches_early
 from ..launch import launch
 from .sizes import ceil_div, power_of_2
 from .triton_activation import act
@@ -31,7 +31,7 @@ __all__ = ["experts_step_triton"]
 
 # rows and columns of a matrix that a program reads at a time, and its warps: of the two launches, the fastest of 12 on an H100
 UP, DOWN = (4, 1024, 4), (2, 1024, 4)
-# values of weights that a thread holds while it waits
+# values of weights that a thread holds before it multiplies
 MOST_AHEAD = 64
 
 
@@ -94,12 +94,17 @@ def _up_kernel(
     HAS_LOGITS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
+    NEXT_EARLY: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """a (B, k, F), and with logits also the choice: indices and weights (B, k)."""
+    """a (B, k, F), and with logits also the choice: indices and weights (B, k). With AHEAD all weights are fetched at once."""
     WIDTH: tl.constexpr = 2 * F if GATED else F
     pid, j, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    if NEXT_EARLY:
+        # behind the wait: the next launch reads the logits before it waits itself
         tl.extra.cuda.gdc_launch_dependents()
     if HAS_LOGITS:
         expert, weight = _pick(logits, b, j, scale, K, E, BE, SIGMOID, NORMALIZE)
@@ -114,15 +119,32 @@ def _up_kernel(
     # an expert that does not exist reads nothing
     is_read = o < tl.where((expert >= 0) & (expert < E), F, 0)
     tile = up + expert.to(tl.int64) * (WIDTH * D) + o[:, None] * D + c[None, :]
+    fetched = ()
+    if AHEAD:
+        for start in tl.static_range(0, D, BK):
+            mask = is_read[:, None] & (start + c < D)[None, :]
+            fetched = fetched + (tl.load(tile + start, mask=mask, other=0.0, eviction_policy="evict_first"),)
+            if GATED:
+                other = tl.load(tile + F * D + start, mask=mask, other=0.0, eviction_policy="evict_first")
+                fetched = fetched + (other,)
+        # without it the assembler saves registers: it waits for a part before it fetches the next
+        tl.debug_barrier()
+    PARTS: tl.constexpr = 2 if GATED else 1
     g = tl.zeros((BO, BK), tl.float32)
     u = tl.zeros((BO, BK), tl.float32)
     squares = tl.zeros((BK,), tl.float32)
     for start in tl.static_range(0, D, BK):
         inside = start + c < D
-        mask = is_read[:, None] & inside[None, :]
-        first = tl.load(tile + start, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if GATED:
-            second = tl.load(tile + F * D + start, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if AHEAD:
+            first = fetched[start // BK * PARTS].to(tl.float32)
+            if GATED:
+                second = fetched[start // BK * PARTS + 1].to(tl.float32)
+        else:
+            mask = is_read[:, None] & inside[None, :]
+            first = tl.load(tile + start, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            if GATED:
+                other = tl.load(tile + F * D + start, mask=mask, other=0.0, eviction_policy="evict_first")
+                second = other.to(tl.float32)
         v = tl.load(x + b * stride + start + c, mask=inside, other=0.0).to(tl.float32)
         if HAS_NORM:
             squares += v * v
@@ -169,11 +191,13 @@ def _down_kernel(
     HAS_LOGITS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """y (B, D). With AHEAD all weights are fetched before `a` is there."""
     pid, b = tl.program_id(0), tl.program_id(1)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     o = pid * BO + tl.arange(0, BO)
     is_output = o < D
     c = tl.arange(0, BK)
@@ -195,8 +219,10 @@ def _down_kernel(
     total = tl.zeros((BO,), tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual + b * stride + o, mask=is_output, other=0.0).to(tl.float32)
-    if PDL:
+    if EARLY:
         tl.extra.cuda.gdc_wait()
+    elif AHEAD:
+        tl.debug_barrier()
     BLOCKS: tl.constexpr = (F + BK - 1) // BK
     for j in tl.static_range(K):
         expert, weight, is_read, tile = chosen[j]
@@ -215,15 +241,6 @@ def _down_kernel(
             result += tl.load(bias + expert * D + o, mask=is_read, other=0.0).to(tl.float32)
         total += result * weight
     tl.store(y + b * D + o, total.to(y.dtype.element_ty), mask=is_output)
-
-
-@cache
-def starts_early(device_type: str, index: int | None) -> bool:
-    """Whether the GPU and Triton know programmatic dependent launch."""
-    if device_type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
-        return False
-    known = hasattr(getattr(tl.extra, "cuda", None), "gdc_wait")
-    return known and torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 def experts_step_triton(
@@ -261,14 +278,17 @@ def experts_step_triton(
     a = torch.empty(batch, top_k, inner, dtype=up.dtype, device=x.device)
     dtype = down.dtype if residual is None else torch.promote_types(residual.dtype, down.dtype)
     y = torch.empty(batch, channels, dtype=dtype, device=x.device)
-    early = starts_early(x.device.type, x.device.index)
+    next_early = knows_early_launches(x.device.type, x.device.index)
+    # logits come from a kernel; what made a choice that is told may have been a copy or a fill
+    early = has_logits and launches_early(x)
     options: dict[str, Any] = {
         "HAS_LOGITS": has_logits,
         "SIGMOID": scoring == "sigmoid",
         "NORMALIZE": normalize,
-        "PDL": early,
     }
     rows, columns, warps = UP
+    columns = min(columns, power_of_2(channels))
+    fetched = (2 if gated else 1) * rows * ceil_div(channels, columns) * columns
     launch(
         _up_kernel,
         (ceil_div(inner, rows), top_k, batch),
@@ -289,13 +309,17 @@ def experts_step_triton(
         F=inner,
         BE=power_of_2(experts),
         BO=rows,
-        BK=min(columns, power_of_2(channels)),
+        BK=columns,
         ACT=activation,
         GATED=gated,
         HAS_NORM=norm_weight is not None,
         HAS_BIAS=up_bias is not None,
+        EARLY=early,
+        NEXT_EARLY=next_early,
+        AHEAD=fetched <= 32 * warps * MOST_AHEAD,
         num_warps=warps,
         **options,
+        **({"launch_pdl": True} if early else {}),
     )
     rows, columns, warps = DOWN
     columns = min(columns, power_of_2(inner))
@@ -321,9 +345,10 @@ def experts_step_triton(
         BK=columns,
         HAS_BIAS=down_bias is not None,
         HAS_RESIDUAL=residual is not None,
+        EARLY=next_early,
         AHEAD=top_k * rows * ceil_div(inner, columns) * columns <= 32 * warps * MOST_AHEAD,
         num_warps=warps,
         **options,
-        **({"launch_pdl": True} if early else {}),
+        **({"launch_pdl": True} if next_early else {}),
     )
     return y, indices, weights

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..launch import launch
 from ..reduction import sum_partials
-from .triton_forward import Tuning, as_rows, contiguous_like, load, tile_of
+from .triton_forward import Tuning, as_rows, contiguous_like, load, scaled, tile_of
 
 __all__ = ["norm_backward"]
 
@@ -90,6 +90,15 @@ def _gradients(
     return dx, dextra, tl.where(mask, dweight, 0.0)
 
 
+@triton.jit
+def _store_again(y, normed, extra, scale, mask, EXTRA: tl.constexpr):
+    """The output, from the normalised value, z and the weight."""
+    gate = 1.0
+    if EXTRA == "gate last":
+        gate = extra * tl.sigmoid(extra)
+    tl.store(y, scaled(normed, gate, scale, y.dtype.element_ty, EXTRA), mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows", "programs"])
 def _rms_norm_bwd_kernel(
     dy,
@@ -98,6 +107,7 @@ def _rms_norm_bwd_kernel(
     weight,
     dx,
     dextra,
+    y,
     partials,
     rows,
     programs,
@@ -107,6 +117,7 @@ def _rms_norm_bwd_kernel(
     stride_x_d,
     stride_extra_r,
     stride_extra_d,
+    stride_dextra_r,
     eps,
     W: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -116,17 +127,20 @@ def _rms_norm_bwd_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_DEXTRA: tl.constexpr,
     HAS_DWEIGHT: tl.constexpr,
+    HAS_Y: tl.constexpr,
     EIGHTHS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx, with HAS_DEXTRA the gradient of the second operand, and one row of `partials` (programs, D) of dweight.
 
-    x is what was normalised, or its factor x beside z; `extra` is z or the gradient of the sum.
+    x is what was normalised, or its factor x beside z; `extra` is z or the gradient of the sum. With HAS_Y also y, what the
+    forward gave.
     """
     # as in the forward
     eps = tl.cast(eps, tl.float32)
     if EIGHTHS:
         stride_extra_r = stride_extra_r // 8 * 8
+        stride_dextra_r = stride_dextra_r // 8 * 8
     pid = tl.program_id(0).to(tl.int64)
     program = pid // GROUPS
     first = (pid % GROUPS) * W
@@ -138,11 +152,16 @@ def _rms_norm_bwd_kernel(
     weight += first
     dx += first
     dextra += first
+    y += first
     partials += program * (GROUPS * W) + first
     if BLOCK >= W:
         is_channel = column < W
         d = column.to(tl.int64)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
+        # loaded in the loop once more, it would take shared memory for each row in flight
+        scale = 1.0
+        if HAS_Y and HAS_WEIGHT:
+            scale = load(weight + column, is_channel)
         for start in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
             row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
             mask = (row < rows) & is_channel
@@ -177,7 +196,9 @@ def _rms_norm_bwd_kernel(
             out = row * (GROUPS * W) + column
             tl.store(dx + out, b_dx.to(dx.dtype.element_ty), mask=mask)
             if HAS_DEXTRA:
-                tl.store(dextra + out, b_dextra.to(dextra.dtype.element_ty), mask=mask)
+                tl.store(dextra + row * stride_dextra_r + column, b_dextra.to(dextra.dtype.element_ty), mask=mask)
+            if HAS_Y:
+                _store_again(y + out, value * inverse, b_extra, scale, mask, EXTRA)
             if HAS_DWEIGHT:
                 total += b_dweight
         if HAS_DWEIGHT:
@@ -238,13 +259,23 @@ def _rms_norm_bwd_kernel(
                 out = row * (GROUPS * W) + c
                 tl.store(dx + out, b_dx.to(dx.dtype.element_ty), mask=mask)
                 if HAS_DEXTRA:
-                    tl.store(dextra + out, b_dextra.to(dextra.dtype.element_ty), mask=mask)
+                    tl.store(dextra + row * stride_dextra_r + c, b_dextra.to(dextra.dtype.element_ty), mask=mask)
+                if HAS_Y:
+                    scale = 1.0
+                    if HAS_WEIGHT:
+                        scale = load(weight + c, mask)
+                    _store_again(y + out, value * inverse, b_extra, scale, mask, EXTRA)
                 if HAS_DWEIGHT:
                     # this program's own row, which is too long for registers
                     before = tl.load(partials + c, mask=mask & (row != program), other=0.0)
                     tl.store(partials + c, before + b_dweight, mask=mask)
             if HAS_DWEIGHT:
                 tl.debug_barrier()
+
+
+def row_stride_of(value: Tensor) -> int:
+    """The stride of the rows of (…, D), which is the same for all leading dimensions."""
+    return value.shape[-1] if value.is_contiguous() else value.flatten(0, -2).stride(0)
 
 
 def norm_backward(
@@ -258,11 +289,20 @@ def norm_backward(
     wants_dweight: bool,
     dx_dtype: torch.dtype,
     dextra_dtype: torch.dtype | None = None,
+    dextra: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, of the second operand (that of x where `dextra_dtype` is None) and of the weight, or None."""
+    """Gradients of x, of the second operand (that of x where `dextra_dtype` is None) and of the weight, or None.
+
+    Args:
+        dextra: where the gradient of the second operand is to be written, (…, D) with one stride of rows and innermost stride 1.
+        y: where what the forward gave is to be written once more, (…, D) contiguous.
+    """
     channels = x.shape[-1]
     dx = contiguous_like(x, dx_dtype)
-    dextra = dx if dextra_dtype is None else contiguous_like(x, dextra_dtype)
+    has_dextra = dextra_dtype is not None or dextra is not None
+    if dextra is None:
+        dextra = dx if dextra_dtype is None else contiguous_like(x, dextra_dtype)
     is_short = width <= LONGEST_SHORT
     block, rows, warps = tile_of(width, SHORT if is_short else LONG)
     count, groups = dx.numel() // channels, channels // width
@@ -273,6 +313,7 @@ def norm_backward(
     dy, stride_dy_r, stride_dy_d = as_rows(dy)
     x, stride_r, stride_d = as_rows(x)
     extra, stride_extra_r, stride_extra_d = (x, 0, 0) if extra is None else as_rows(extra)
+    stride_dextra = row_stride_of(dextra)
     stages = 1
     if is_short:
         in_flight = block * rows * (dy.element_size() + x.element_size() + extra.element_size())
@@ -286,6 +327,7 @@ def norm_backward(
         x if weight is None else weight.contiguous(),
         dx,
         dextra,
+        dx if y is None else y,
         partials,
         count,
         programs,
@@ -295,6 +337,7 @@ def norm_backward(
         stride_d,
         stride_extra_r,
         stride_extra_d,
+        stride_dextra,
         eps,
         W=width,
         GROUPS=groups,
@@ -302,9 +345,10 @@ def norm_backward(
         ROWS=rows,
         EXTRA=extra_is,
         HAS_WEIGHT=weight is not None,
-        HAS_DEXTRA=dextra_dtype is not None,
+        HAS_DEXTRA=has_dextra,
         HAS_DWEIGHT=wants_dweight,
-        EIGHTHS=stride_extra_r % 8 == 0,
+        HAS_Y=y is not None,
+        EIGHTHS=stride_extra_r % 8 == 0 and stride_dextra % 8 == 0,
         STAGES=stages,
         num_warps=warps,
     )

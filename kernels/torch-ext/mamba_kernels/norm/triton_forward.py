@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..launch import launch
 
-__all__ = ["Tuning", "as_rows", "contiguous_like", "load", "norm_forward", "tile_of"]
+__all__ = ["Tuning", "as_rows", "contiguous_like", "load", "norm_forward", "scaled", "tile_of"]
 
 
 class Tuning(NamedTuple):
@@ -61,14 +61,21 @@ def _forward_operands(x, extra, mask, total_dtype: tl.constexpr, EXTRA: tl.const
 
 
 @triton.jit
-def _store_normed(y, normed, gate, weight, mask, channel_mask, EXTRA: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+def scaled(normed, gate, scale, dtype: tl.constexpr, EXTRA: tl.constexpr):
+    """The output, from the normalised value, the gate and the weight."""
     if EXTRA == "gate last":
         normed *= gate
     else:
-        normed = normed.to(y.dtype.element_ty).to(tl.float32)
+        normed = normed.to(dtype).to(tl.float32)
+    return (normed * scale).to(dtype)
+
+
+@triton.jit
+def _store_normed(y, normed, gate, weight, mask, channel_mask, EXTRA: tl.constexpr, HAS_WEIGHT: tl.constexpr):
+    scale = 1.0
     if HAS_WEIGHT:
-        normed *= load(weight, channel_mask)
-    tl.store(y, normed.to(y.dtype.element_ty), mask=mask)
+        scale = load(weight, channel_mask)
+    tl.store(y, scaled(normed, gate, scale, y.dtype.element_ty, EXTRA), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -166,7 +166,9 @@ def _selective_scan_bwd_kernel(
     FLAGS: tl.constexpr,
     VARLEN: tl.constexpr,
     PACKED: tl.constexpr,
+    ROW_OF_Z: tl.constexpr,
 ):
+    """Gradients of a chunk, BD channels. With ROW_OF_Z tokens of `grad_z` are that many elements apart, else D."""
     blocks = tl.cdiv(channels // GROUPS, BD)
     pid = tl.program_id(0).to(tl.int64)
     block = (pid % (blocks * GROUPS)).to(tl.int32)
@@ -328,6 +330,8 @@ def _selective_scan_bwd_kernel(
             z_tile = load_tile(z, begin, k, stride_z_t, inside).to(tl.float32)
             silu, sigmoid = silu_parts(z_tile)
             dz = y_tile * (scanned + skip * x_tile) * (sigmoid + silu * (1.0 - sigmoid))
+            if ROW_OF_Z:
+                offsets = (row * length + begin + k.to(tl.int64)) * ROW_OF_Z + d[None, :]
             tl.store(grad_z + offsets, dz.to(grad_z.dtype.element_ty), mask=written)
 
     tl.store(sums + N * channels, grad_skip, mask=mask)
@@ -357,6 +361,7 @@ def scan_backward(
     starts: Tensor,
     grad_y: Tensor,
     grad_final: Tensor | None,
+    grad_z: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_states, None for what was not given.
 
@@ -364,6 +369,7 @@ def scan_backward(
         starts: (slots, N, D) fp32, the state before each chunk, from the forward.
         grad_y: (B, L, D).
         grad_final: (sequences, D, N) contiguous, the gradient of the final states.
+        grad_z: (B, L, D), where that gradient is to be written: a slice of wider rows that lie one behind the other.
     """
     x, z = inputs.x, inputs.z
     device = x.device
@@ -377,7 +383,9 @@ def scan_backward(
     shape = (plan.batch, plan.length, plan.channels)
     grad_x = torch.empty(shape, dtype=x.dtype, device=device)
     grad_dt = torch.empty(shape, dtype=inputs.dt.dtype, device=device)
-    grad_z = None if z is None else torch.empty(shape, dtype=z.dtype, device=device)
+    row_of_z = 0 if grad_z is None else grad_z.stride(1)
+    if z is not None and grad_z is None:
+        grad_z = torch.empty(shape, dtype=z.dtype, device=device)
     initial = inputs.initial_states
     grad_initial = None if initial is None else torch.empty_like(initial)
     # contiguous, so that neighbouring threads read neighbouring channels
@@ -463,6 +471,7 @@ def scan_backward(
             FLAGS=inputs.flags is not None,
             VARLEN=table is not None,
             PACKED=plan.packed and parts % 2 == 0,
+            ROW_OF_Z=row_of_z,
             **tuning.options(),
         )
 

@@ -1,5 +1,6 @@
 """The Triton selective scan as a differentiable op: `selective_scan_triton`."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from .triton_backward import scan_backward
 from .triton_common import Plan, ScanInputs
 from .triton_forward import plan_of, scan_forward
 
-__all__ = ["SelectiveScanTritonFunction", "selective_scan_triton"]
+__all__ = ["SelectiveScanTritonFunction", "compile_scan", "flags_of", "selective_scan_triton"]
 
 
 class SelectiveScanTritonFunction(torch.autograd.Function):
@@ -62,7 +63,7 @@ class SelectiveScanTritonFunction(torch.autograd.Function):
         )
 
 
-def _flags(seq_idx: Tensor) -> Tensor:
+def flags_of(seq_idx: Tensor) -> Tensor:
     """(B, L) int8: the bits RESET and REAL of each token."""
     resets, valid = resets_and_valid(seq_idx)
     return resets.to(torch.int8) + 2 * valid.to(torch.int8)
@@ -98,13 +99,22 @@ def _inputs(
     )
 
 
-def _compile_kernels(inputs: ScanInputs, plan: Plan, differentiable: bool, return_final_states: bool) -> None:
-    """Have the kernels of a call ready: one after the other they take twice as long to compile."""
+def compile_scan(
+    inputs: ScanInputs,
+    plan: Plan,
+    differentiable: bool,
+    return_final_states: bool,
+    make_grad_z: Callable[[], Tensor] | None = None,
+) -> None:
+    """Have the kernels of a call ready: one after the other they take twice as long to compile.
+
+    `make_grad_z` makes what backward is to be given.
+    """
 
     def launch() -> None:
         y, _final, table, starts = scan_forward(inputs, plan, differentiable, return_final_states)
         if starts is not None and differentiable:
-            scan_backward(inputs, plan, table, starts, y, None)
+            scan_backward(inputs, plan, table, starts, y, None, None if make_grad_z is None else make_grad_z())
 
     kinds = [value if value is None else value.dtype for value in inputs[:-1]]
     ways = (
@@ -115,6 +125,7 @@ def _compile_kernels(inputs: ScanInputs, plan: Plan, differentiable: bool, retur
         plan.n_chunks > 1,
         plan.packed,
         plan.whole,
+        make_grad_z is not None,
     )
     compile_together(
         ("selective_scan", inputs.x.device, plan.size, plan.groups, *kinds, *ways),
@@ -157,13 +168,13 @@ def selective_scan_triton(
         )
     flags = None
     if seq_idx is not None:
-        flags = remembered(seq_idx, "scan_flags", partial(_flags, seq_idx))
+        flags = remembered(seq_idx, "scan_flags", partial(flags_of, seq_idx))
     options = (flags, cu_seqlens, dt_softplus)
     differentiable = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats)
     inputs = _inputs(*floats, *options)
     plan = plan_of(inputs)
     if not torch.compiler.is_compiling():
-        _compile_kernels(inputs, plan, differentiable, return_final_states)
+        compile_scan(inputs, plan, differentiable, return_final_states)
     if differentiable:
         y, final = SelectiveScanTritonFunction.apply(*floats, *options, return_final_states)
     else:

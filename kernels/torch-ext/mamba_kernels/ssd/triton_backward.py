@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .triton_inputs import launch_inputs
-from .triton_plan import Operands, Plan, segment_table
+from .triton_plan import Operands, Places, Plan, segment_table
 from .triton_projections import launch_projections
 from .triton_states import launch_states, new_locals
 from .triton_sums import launch_sums
@@ -75,15 +75,22 @@ def _walk(
 
 
 def _backward(
-    operands: Operands, plan: Plan, grad_y: Tensor, starts: Tensor | None, grad_final: Tensor | None
+    operands: Operands,
+    plan: Plan,
+    grad_y: Tensor,
+    starts: Tensor | None,
+    grad_final: Tensor | None,
+    places: Places | None = None,
 ) -> Gradients:
     meta = plan.meta(operands)
     entering, leaving, grad_initial = _walk(operands, plan, meta, grad_y, starts, grad_final)
     table = segment_table(operands, plan, plan.block)
-    projections = launch_projections(operands, plan, meta, table, grad_y, entering, leaving)
-    inputs = launch_inputs(operands, plan, meta, table, grad_y, entering, leaving, projections)
+    projections = launch_projections(operands, plan, meta, table, grad_y, entering, leaving, places)
+    inputs = launch_inputs(operands, plan, meta, table, grad_y, entering, leaving, projections, places)
     totals, (dB, dC) = launch_sums(inputs.sums, projections.parts, operands.B.dtype)
     heads, D = plan.heads, operands.D
+    if places is not None and projections.parts.shape[0] > 1:
+        dB, dC = places.B.copy_(dB), places.C.copy_(dC)
     return Gradients(
         x=inputs.x,
         dt=inputs.dt,
@@ -98,11 +105,17 @@ def _backward(
 
 
 def ssd_backward(
-    operands: Operands, plan: Plan, grad_y: Tensor, starts: Tensor | None, grad_final: Tensor | None
+    operands: Operands,
+    plan: Plan,
+    grad_y: Tensor,
+    starts: Tensor | None,
+    grad_final: Tensor | None,
+    places: Places | None = None,
 ) -> Gradients:
     """Gradients from grad_y (B, L, H, P), of innermost stride 1, and grad_final (S, H, P, N), contiguous, or None.
 
-    `starts` is what `ssd_forward` saved: the states that enter the segments if sequences are split, else None.
+    `starts` is what `ssd_forward` saved: the states that enter the segments if sequences are split, else None. With `places`
+    the gradients that have a place are in it.
     """
     if not plan.split:
         starts = operands.initial_states
@@ -110,8 +123,16 @@ def ssd_backward(
     bytes_of_head = 2 * rows * plan.head_dim * plan.size * plan.states_dtype.itemsize
     most = max(1, WORKSPACE_BYTES // bytes_of_head)
     if plan.heads <= most:
-        return _backward(operands, plan, grad_y, starts, grad_final)
-    return _backward_in_turns(operands, plan, grad_y, starts, grad_final, most)
+        return _backward(operands, plan, grad_y, starts, grad_final, places)
+    gradients = _backward_in_turns(operands, plan, grad_y, starts, grad_final, most)
+    if places is None:
+        return gradients
+    return gradients._replace(
+        x=places.x.copy_(gradients.x),
+        dt=places.dt.copy_(gradients.dt),
+        B=places.B.copy_(gradients.B),
+        C=places.C.copy_(gradients.C),
+    )
 
 
 def _backward_in_turns(

@@ -31,7 +31,7 @@ from .triton_common import (
     state_offsets,
     steps_of_block,
 )
-from .triton_plan import Operands, Plan, Tuning, ceil_div, strides_of
+from .triton_plan import Operands, Places, Plan, Tuning, ceil_div, strides_of
 from .triton_projections import ProjectionGradients
 
 __all__ = ["InputGradients", "launch_inputs"]
@@ -122,10 +122,13 @@ def _ssd_bwd_kernel(
     PART: tl.constexpr,
     HAS_D: tl.constexpr,
     D_PER_CHANNEL: tl.constexpr,
+    ROW_OF_X: tl.constexpr,
+    ROW_OF_DT: tl.constexpr,
 ):
     """Gradients of x, dt and z in a block of tokens, `heads_of_program` heads of a group.
 
-    sums (blocks, H + H + (H or H P)): each block's share of the gradients of A, dt_bias and D.
+    sums (blocks, H + H + (H or H P)): each block's share of the gradients of A, dt_bias and D. Tokens of dx and ddt are
+    ROW_OF_X and ROW_OF_DT elements apart.
     """
     BLOCKS: tl.constexpr = (P + PB - 1) // PB
     PARTED: tl.constexpr = PART < NB
@@ -153,9 +156,9 @@ def _ssd_bwd_kernel(
     dy += row * stride_dy_b + t64 * stride_dy_t
     z += row * stride_z_b + t64 * stride_z_t
     dt += row * stride_dt_b + t64 * stride_dt_t
-    dx += token * (H * P)
+    dx += token * ROW_OF_X
     dz += token * (H * P)
-    ddt += token * H
+    ddt += token * ROW_OF_DT
     by_output += token * H
     by_carry += slot * H
     sums += slot * WIDTH
@@ -197,6 +200,7 @@ def _ssd_bwd_kernel(
         for block in range(BLOCKS):
             p = block * PB + tl.arange(0, PB)
             columns = i[:, None] * (H * P) + p[None, :]
+            columns_of_x = i[:, None] * ROW_OF_X + p[None, :]
             to_store = inside[:, None] & (p < P)[None, :]
             b_x = load_rows(x + wide_head * stride_x_h, stride_x_t, real, block * PB, P, PB, Q)
             b_dy = load_rows(dy + wide_head * stride_dy_h, stride_dy_t, real, block * PB, P, PB, Q)
@@ -272,20 +276,21 @@ def _ssd_bwd_kernel(
                     tl.store(sums + 2 * H + head * P + p, share, mask=p < P)
                 else:
                     b_dD += tl.sum(tl.sum(wide_dy * wide_x, 1), 0)
-            tl.store(dx + wide_head * P + columns, b_dx, mask=to_store)
+            tl.store(dx + wide_head * P + columns_of_x, b_dx, mask=to_store)
         # the gradient of the weights times the weights: what a step does as a factor, and times the step, as an exponent
         dpairs *= weights
         dstep = tl.sum(dpairs, 1) + through_input
         through_input *= step
+        # pairs s < t <= q as those with q >= t less those with s >= t; a pair s = q is in neither or in both
+        dpairs *= step[:, None]
         if EXACT:
-            later = (i[:, None] >= i[None, :]).to(DTYPE)
-            earlier = i[:, None] < i[None, :]
-            da = tl.sum(tl.where(earlier, product(dpairs * step[:, None], later, PRECISION), 0.0), 0)
-            da += tl.sum(tl.where(earlier, through_input[:, None], 0.0), 0)
-            da += tl.sum(tl.where(i[:, None] >= i[None, :], through_output[:, None], 0.0), 0)
+            # the two sides may cancel, and the gradient of A sums over all tokens: fp32 operands deserve it right
+            wide_pairs = dpairs.to(tl.float64)
+            ends = tl.sum(wide_pairs, 0) + through_output.to(tl.float64)
+            starts = tl.sum(wide_pairs, 1) + through_input.to(tl.float64)
+            wide_da = tl.sum(through_input.to(tl.float64), 0) + tl.cumsum(ends - starts, 0, reverse=True)
+            da = wide_da.to(tl.float32)
         else:
-            # pairs s < t <= q as those with q >= t less those with s >= t; a pair s = q is in neither or in both
-            dpairs *= step[:, None]
             difference = tl.sum(dpairs, 0) - tl.sum(dpairs, 1) + through_output - through_input
             da = tl.sum(through_input, 0) + tl.cumsum(difference, 0, reverse=True)
         da += carry * through_carry
@@ -300,7 +305,7 @@ def _ssd_bwd_kernel(
             dstep = tl.where(kept, dstep, 0.0)
         if SOFTPLUS:
             dstep *= 1.0 / (1.0 + tl.exp2(-raw * LOG2_E))
-        tl.store(ddt + i * H + head, dstep, mask=inside)
+        tl.store(ddt + i * ROW_OF_DT + head, dstep, mask=inside)
         tl.store(sums + head, dA)
         tl.store(sums + H + head, tl.sum(dstep, 0))
         if not D_PER_CHANNEL:
@@ -322,6 +327,7 @@ def launch_inputs(
     entering: Tensor,
     leaving: Tensor,
     projections: ProjectionGradients,
+    places: Places | None = None,
 ) -> InputGradients:
     """The gradients from `entering` and `leaving` (blocks, H, P, N); `table` cuts packed sequences in blocks."""
     x, D, z = operands.x, operands.D, operands.z
@@ -330,9 +336,9 @@ def launch_inputs(
     heads_of_program = max(1, min(heads, HEADS_OF_PROGRAM, blocks * plan.heads // TARGET_PROGRAMS))
     parts = ceil_div(heads, heads_of_program)
     shape = (plan.batch, plan.length, plan.heads, plan.head_dim)
-    dx = x.new_empty(shape)
+    dx = x.new_empty(shape) if places is None else places.x
     dz = None if z is None else x.new_empty(shape, dtype=z.dtype)
-    ddt = x.new_empty(shape[:3], dtype=operands.dt.dtype)
+    ddt = x.new_empty(shape[:3], dtype=operands.dt.dtype) if places is None else places.dt
     per_channel = D is not None and D.dim() == 2
     width = plan.heads * (2 + (plan.head_dim if per_channel else 1))
     # with packed sequences some slots stay unused
@@ -377,6 +383,8 @@ def launch_inputs(
         PART=_states_at_a_time(plan.dtype, meta["NB"]),
         HAS_D=D is not None,
         D_PER_CHANNEL=per_channel,
+        ROW_OF_X=plan.heads * plan.head_dim if places is None else places.row,
+        ROW_OF_DT=plan.heads if places is None else places.row_of_dt,
         **tuning.options(),
     )
     return InputGradients(x=dx, dt=ddt, z=dz, sums=sums)

@@ -7,15 +7,18 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import WHOLE
 from ..packing import remembered
 from ..selective_scan.triton_chain import chunk_table
 
 __all__ = [
     "Operands",
+    "Places",
     "Plan",
     "Tuning",
     "ceil_div",
     "has_room",
+    "in_whole_rows",
     "plan_of",
     "power_of_two",
     "segment_table",
@@ -62,6 +65,25 @@ class Operands(NamedTuple):
     cu_seqlens: Tensor | None
     dt_softplus: bool
     dt_limit: tuple[float, float] | None
+
+
+class Places(NamedTuple):
+    """Where gradients are to be written: slices of wider rows, in the dtypes of the operands. dx, dB and dC share their rows."""
+
+    x: Tensor  # (B, L, H, P)
+    dt: Tensor  # (B, L, H)
+    B: Tensor  # (B, L, G, N)
+    C: Tensor
+    # elements of a row; strides do not say where there is one token
+    row: int
+    row_of_dt: int
+
+    def projections(self) -> Tensor:
+        """B and C as one view (2, B, L, G, N)."""
+        offset = self.B.storage_offset()
+        batch, length, groups, size = self.B.shape
+        strides = (self.C.storage_offset() - offset, length * self.row, self.row, size, 1)
+        return self.B.as_strided((2, batch, length, groups, size), strides, offset)
 
 
 class Plan(NamedTuple):
@@ -129,6 +151,11 @@ def _has_room(device_type: str, index: int | None) -> bool:
     if device_type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0) > 160_000
+
+
+def in_whole_rows(*values: Tensor | None) -> bool:
+    """Whether all strides but the innermost are multiples of `dispatch.WHOLE`."""
+    return all(stride % WHOLE == 0 for value in values if value is not None for stride in value.stride()[:-1])
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -28,7 +28,7 @@ from .triton_common import (
     ssd_kernel,
     steps_of_block,
 )
-from .triton_plan import Operands, Plan, Tuning, ceil_div, has_room, strides_of
+from .triton_plan import Operands, Places, Plan, Tuning, ceil_div, has_room, strides_of
 
 __all__ = ["ProjectionGradients", "launch_projections"]
 
@@ -110,10 +110,11 @@ def _ssd_bwd_projections_kernel(
     EXACT: tl.constexpr,
     REST: tl.constexpr,
     NS: tl.constexpr,
+    ROW: tl.constexpr,
 ):
     """Gradients of B and C in a block of tokens, NS states of them, from `heads_of_program` heads of a group.
 
-    gradients (parts, 2, B, L, G, N): dB and dC, a part from each program of a group. For the steps it leaves by_carry (N / NS, blocks, H), the
+    gradients (parts, 2, B, L, G, N): dB and dC, a part from each program of a group; tokens are ROW elements apart. For the steps it leaves by_carry (N / NS, blocks, H), the
     gradient in the exponent of carry, and by_output (N / NS, B, L, H), that in the exponent of from_start. With a gate the
     next kernel finds the latter itself, as it knows the output and its gradient in fp32.
     """
@@ -219,7 +220,7 @@ def _ssd_bwd_projections_kernel(
     if REST == 2:
         b_dB += product(rest_of_dsim, b_C, PRECISION)
         b_dC += product(tl.trans(rest_of_dsim), b_B, PRECISION)
-    columns = 2 * part * part_of_projection + token * (G * N) + group * N + i[:, None] * (G * N) + n[None, :]
+    columns = 2 * part * part_of_projection + token * ROW + group * N + i[:, None] * ROW + n[None, :]
     to_store = inside[:, None] & (n[None, :] < N)
     tl.store(gradients + columns, b_dB, mask=to_store)
     tl.store(gradients + part_of_projection + columns, b_dC, mask=to_store)
@@ -233,6 +234,7 @@ def launch_projections(
     grad_y: Tensor,
     entering: Tensor,
     leaving: Tensor,
+    places: Places | None = None,
 ) -> ProjectionGradients:
     """The gradients from `entering` and `leaving` (blocks, H, P, N); `table` cuts packed sequences in blocks."""
     x, z = operands.x, operands.z
@@ -244,11 +246,12 @@ def launch_projections(
     heads_of_program = ceil_div(heads, min(heads, max(1, TARGET_PROGRAMS // (blocks * plan.groups * splits))))
     parts = ceil_div(heads, heads_of_program)
     tokens = (plan.batch, plan.length)
-    gradients = torch.empty(
-        (parts, 2, *tokens, plan.groups, plan.size),
-        dtype=operands.B.dtype if parts == 1 else torch.float32,
-        device=x.device,
-    )
+    shape = (parts, 2, *tokens, plan.groups, plan.size)
+    if places is None or parts > 1:
+        dtype = operands.B.dtype if parts == 1 else torch.float32
+        gradients = torch.empty(shape, dtype=dtype, device=x.device)
+    else:
+        gradients = places.projections()[None]
     by_output = torch.empty(
         (splits, *tokens, plan.heads) if z is None else (splits, 0), dtype=torch.float32, device=x.device
     )
@@ -289,6 +292,7 @@ def launch_projections(
         by_carry.stride(0),
         **meta,
         NS=states,
+        ROW=plan.groups * plan.size if places is None or parts > 1 else places.row,
         **tuning.options(),
     )
     return ProjectionGradients(gradients, by_output, by_carry)

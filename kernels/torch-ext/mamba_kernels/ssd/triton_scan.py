@@ -1,21 +1,23 @@
 """The Triton SSD scan as a differentiable op: `ssd_chunk_scan_triton`."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..autograd import first_order_only
 from ..compiling import compile_together
-from ..dispatch import left_to_eager
+from ..dispatch import WHOLE, left_to_eager
 from ..packing import remembered, segments_and_valid
 from .eager import ssd_chunk_scan_eager
 from .triton_backward import ssd_backward
 from .triton_forward import ssd_forward
-from .triton_plan import Operands, Plan, plan_of
+from .triton_plan import Operands, Places, Plan, in_whole_rows, plan_of
 
-__all__ = ["SSDChunkScanTritonFunction", "ssd_chunk_scan_triton"]
+__all__ = ["SSDChunkScanTritonFunction", "compile_scan", "marks_of", "ssd_chunk_scan_triton"]
 
 
 class SSDChunkScanTritonFunction(torch.autograd.Function):
@@ -41,7 +43,7 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         operands = _operands(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, dt_softplus, dt_limit)
         plan = plan_of(operands)
-        _compile_kernels(operands, plan, True, return_final_states)
+        compile_scan(operands, plan, True, return_final_states)
         y, final, starts = ssd_forward(operands, plan, True, return_final_states)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, marks, cu_seqlens, starts)
         # zeros for the second output, where nobody asks for it, would be a launch
@@ -61,6 +63,8 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
         if grad_y is None:
             grad_y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         states = None if grad_final is None or not grad_final.numel() else grad_final.contiguous()
+        if x.dtype != torch.float32 and not in_whole_rows(grad_y):
+            grad_y = grad_y.clone(memory_format=torch.contiguous_format)
         gradients = ssd_backward(operands, ctx.plan or plan_of(operands), _dense_rows(grad_y), starts, states)
         likes = (x, dt, A, B, C, D, z, dt_bias, initial_states)
         found = [
@@ -70,8 +74,12 @@ class SSDChunkScanTritonFunction(torch.autograd.Function):
         return (*found, None, None, None, None, None)
 
 
-def _marks_of(seq_idx: Tensor) -> Tensor:
+def marks_of(seq_idx: Tensor) -> Tensor:
     """`Operands.marks` of (B, L) sequence numbers."""
+    return remembered(seq_idx, "ssd_marks", lambda: _new_marks(seq_idx))
+
+
+def _new_marks(seq_idx: Tensor) -> Tensor:
     segments, valid = segments_and_valid(seq_idx)
     real = 1 if valid is None else valid.to(torch.int32)
     return segments.to(torch.int32) * 2 + real
@@ -114,8 +122,17 @@ def _operands(
     )
 
 
-def _compile_kernels(operands: Operands, plan: Plan, differentiable: bool, return_final_states: bool) -> None:
-    """Have the kernels of a call ready: one after the other they take twice as long to compile."""
+def compile_scan(
+    operands: Operands,
+    plan: Plan,
+    differentiable: bool,
+    return_final_states: bool,
+    places: Callable[[], Places] | None = None,
+) -> None:
+    """Have the kernels of a call ready: one after the other they take twice as long to compile.
+
+    `places` makes what backward is to be given.
+    """
     if torch.compiler.is_compiling():
         return
 
@@ -125,15 +142,24 @@ def _compile_kernels(operands: Operands, plan: Plan, differentiable: bool, retur
         given = operands if bounds is None else operands._replace(cu_seqlens=bounds.clone())
         y, final, starts = ssd_forward(given, plan, differentiable, return_final_states)
         if differentiable:
-            ssd_backward(given, plan, y, starts, final)
+            ssd_backward(given, plan, y, starts, final, None if places is None else places())
 
     kinds = [value if value is None else value.dtype for value in operands[:9]]
     per_channel = operands.D is not None and operands.D.dim() == 2
-    ways = (differentiable, return_final_states, plan.split, per_channel)
+    ways = (differentiable, return_final_states, plan.split, per_channel, places is not None)
     compile_together(
         ("ssd_chunk_scan", operands.x.device, *plan.meta(operands).values(), *kinds, *ways),
         launch,
     )
+
+
+def _padded(value: Tensor, *sizes: int) -> Tensor:
+    """`value` with zeros behind its last dimensions, of these sizes and the innermost first, up to multiples of `WHOLE`."""
+    more = [part for size in sizes for part in (0, -size % WHOLE)]
+    if any(more):
+        return F.pad(value, more)
+    # a dimension of size 1 counts as contiguous, whatever its stride
+    return value if in_whole_rows(value) else value.clone(memory_format=torch.contiguous_format)
 
 
 def ssd_chunk_scan_triton(
@@ -180,10 +206,31 @@ def ssd_chunk_scan_triton(
         common = torch.promote_types(B.dtype, C.dtype)
         B, C = B.to(common), C.to(common)
         floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    head_dim, size = x.shape[3], B.shape[3]
+    whole = head_dim % WHOLE == 0 and size % WHOLE == 0 and in_whole_rows(x, B, C, z)
+    if not whole and x.dtype == B.dtype and x.dtype != torch.float32:
+        found = ssd_chunk_scan_triton(
+            _padded(x, head_dim),
+            dt,
+            A,
+            _padded(B, size),
+            _padded(C, size),
+            D=D if D is None or D.dim() == 1 else _padded(D, head_dim),
+            z=None if z is None else _padded(z, head_dim),
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_states=None if initial_states is None else _padded(initial_states, size, head_dim),
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_final_states=return_final_states,
+        )
+        if isinstance(found, tuple):
+            return found[0][..., :head_dim].contiguous(), found[1][..., :head_dim, :size].contiguous()
+        return found[..., :head_dim].contiguous()
     marks = None
     if seq_idx is not None:
-        given = seq_idx
-        marks = remembered(given, "ssd_marks", lambda: _marks_of(given))
+        marks = marks_of(seq_idx)
     unlimited = (0.0, math.inf) if dt_softplus else (-math.inf, math.inf)
     limit = None if tuple(dt_limit) in (unlimited, (-math.inf, math.inf)) else (dt_limit[0], dt_limit[1])
     options = (marks, cu_seqlens, dt_softplus, limit)
@@ -192,6 +239,6 @@ def ssd_chunk_scan_triton(
         return (y, final) if return_final_states else y
     operands = _operands(*floats, *options)
     plan = plan_of(operands)
-    _compile_kernels(operands, plan, False, return_final_states)
+    compile_scan(operands, plan, False, return_final_states)
     y, states, _ = ssd_forward(operands, plan, False, return_final_states)
     return y if states is None else (y, states)

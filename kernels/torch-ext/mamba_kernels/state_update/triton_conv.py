@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..causal_conv1d.triton_common import quarters
 from ..dispatch import left_to_eager
+from ..early import launches_early
 from ..launch import launch
 from .eager import causal_conv1d_update_eager
 
@@ -101,8 +102,11 @@ def _conv_step_kernel(
     HAS_BIAS: tl.constexpr,
     INDEXED: tl.constexpr,
     SILU: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token, four taps and states of four inputs, both contiguous: everything is read once, in whole words."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     blocks = tl.cdiv(channels, BC)
     pid = tl.program_id(0).to(tl.int64)
     entry = pid // blocks
@@ -118,10 +122,12 @@ def _conv_step_kernel(
     is_held = (is_channel & (row >= 0)) != 0
     taps = tl.load(weight + cells, mask=is_channel, other=0.0)
     known = tl.load(held, mask=is_held, other=0.0)
-    new = tl.load(x + entry * stride_x_b + c, mask=used, other=0.0)
     sums = tl.zeros((BC,), tl.float32)
     if HAS_BIAS:
         sums += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    new = tl.load(x + entry * stride_x_b + c, mask=used, other=0.0)
     tap0, tap1, tap2, tap3 = quarters(taps.to(tl.float32), BC)
     _, old1, old2, old3 = quarters(known, BC)
     # in the order of the parallel kernel, from the newest to the oldest
@@ -168,6 +174,8 @@ def causal_conv1d_update_triton(
         and conv_state.stride(2) == 1
         and weight.is_contiguous()
     ):
+        # which rows there are may come from the kernel in front
+        early = state_indices is None and launches_early(x)
         launch(
             _conv_step_kernel,
             (batch * -(-channels // STEP_BLOCK),),
@@ -182,7 +190,9 @@ def causal_conv1d_update_triton(
             channels,
             BC=STEP_BLOCK,
             **flags,
+            EARLY=early,
             num_warps=1,
+            **({"launch_pdl": True} if early else {}),
         )
         return y
     launch(

@@ -1,0 +1,128 @@
+"""Reading a prompt into a cache by a CUDA graph, for decoding that goes on from a cache: prompt lookup and assisted decoding.
+
+As where a decoding step follows (`GraphLoop.read`): padded to one of a few lengths, launch by launch the first time, by a graph from
+the second time on. The graph reads into states of its own, from which they are copied.
+
+Symbols: B batch, V vocabulary.
+"""
+
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from ..cache import RecurrentCache
+from . import graph_loop, graphs
+from .prompt import Prompt
+from .prompt_graphs import MAX_TOKENS, PromptGraph, PromptShape, RowPrompt, bucket, read_padded
+
+__all__ = ["read_by_graph"]
+
+# states that prompts of a model are read into, one for each batch size, and graphs for each
+MAX_READERS, MAX_PROMPTS = 2, 24
+
+
+class Reader:
+    """Reads prompts of one batch size into states of its own.
+
+    Args:
+        model: the language model.
+        cache: of the kind of states that are wanted; not changed.
+    """
+
+    def __init__(self, model: Any, cache: RecurrentCache, batch: int):
+        device = model.device
+        self.model = weakref.ref(model)
+        self.cache = cache.empty()
+        # any token makes states of the right shapes
+        model(input_ids=torch.zeros(batch, 1, dtype=torch.int64, device=device), cache=self.cache)
+        self.logits = torch.zeros(batch, model.config.vocab_size, dtype=torch.float32, device=device)
+        self.prompts: OrderedDict[PromptShape, PromptGraph] = OrderedDict()
+
+    def prompt(self, shape: PromptShape) -> PromptGraph:
+        """The graph for prompts of a shape; captured the first time."""
+        found = self.prompts.pop(shape, None)
+        if found is None:
+            found = PromptGraph(self.model(), self.cache, self.logits, shape, graphs.capture)
+            while len(self.prompts) >= MAX_PROMPTS:
+                self.prompts.popitem(last=False)
+        self.prompts[shape] = found
+        return found
+
+
+# they are dropped together with the other graphs of a model, when something in it changes
+_readers: "weakref.WeakKeyDictionary[graphs.Graphs, OrderedDict[Hashable, Reader]]" = weakref.WeakKeyDictionary()
+
+
+def read_by_graph(model: Any, prompt: Prompt, cache: RecurrentCache, generation_config: Any) -> bool:
+    """Read a prompt, padded to one of a few lengths; by a graph if one of that length was read before.
+
+    Args:
+        model: the language model.
+        prompt: what `cache` has not seen, anywhere padded.
+        cache: states to go on from, or none yet; moved on.
+        generation_config: of the call.
+
+    Returns:
+        Whether the prompt was read; if not, nothing has changed.
+    """
+    batch, columns = prompt.input_ids.shape
+    chunk = generation_config.prefill_chunk_size
+    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
+        return False
+    if not graph_loop.runs_graphs(model.device) or torch.is_autocast_enabled(model.device.type):
+        return False
+    if prompt.inputs_embeds is not None or prompt.position_ids is not None or cache.recording or cache.pending_length:
+        return False
+    if not graph_loop.takes_layouts(model) or cache.batch_size not in (-1, batch):
+        return False
+    if batch * bucket(columns) > MAX_TOKENS or (chunk is not None and chunk < columns):
+        return False
+    rows = RowPrompt.of(prompt)
+    if rows is None:
+        return False
+    shape, seen = rows.shape(fresh=cache.batch_size == -1), cache.get_seq_length() + columns
+    with torch.inference_mode(False), torch.no_grad():
+        with graphs.CAPTURING:
+            store = graphs.graphs_of(model)
+            if store is None or graph_loop.PROMPTS in store.refused:
+                return False
+            graph = None
+            if store.seen_before(("reader", batch, cache.ssm_dtype, shape)):
+                graph = graph_loop.attempt(
+                    store,
+                    graph_loop.PROMPTS,
+                    lambda: _graph(store, model, cache, batch, shape),
+                    "the prompt",
+                    again=False,
+                )
+            if graph is not None:
+                if not shape.fresh:
+                    graph.cache.copy_from(cache)
+                graph.read(rows)
+                cache.copy_from(graph.cache)
+        if graph is None:
+            ids = torch.zeros(batch, shape.length, dtype=torch.int64, device=model.device)
+            lengths = torch.empty(batch, dtype=torch.int64, device=model.device)
+            rows.write(ids, lengths)
+            read_padded(model, cache, shape, ids, lengths)
+    cache._seen = seen
+    return True
+
+
+def _graph(store: graphs.Graphs, model: Any, cache: RecurrentCache, batch: int, shape: PromptShape) -> PromptGraph:
+    device = model.device
+    # what another stream reads out of a reader's states, this one must not overwrite
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    readers = _readers.setdefault(store, OrderedDict())
+    key = batch, cache.ssm_dtype, stream
+    reader = readers.pop(key, None)
+    if reader is None:
+        reader = Reader(model, cache, batch)
+        while len(readers) >= MAX_READERS:
+            readers.popitem(last=False)
+    readers[key] = reader
+    return reader.prompt(shape)
