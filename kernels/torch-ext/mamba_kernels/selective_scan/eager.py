@@ -2,9 +2,9 @@
 
 The sequence is cut in tiles of T tokens. A tile of states (T, B, G, N, M) is made by a few large operations, small enough to
 stay in the cache, and only the recurrence itself goes token by token: one or two calls over a contiguous (B, G, N, M) block
-per token. All work on (B, L, D) tensors happens tile by tile as well, in buffers that are allocated once. Memory and time are
-linear in L, forward and backward: forward keeps the state before each tile, and backward recomputes the tiles from these, last
-tile first.
+per token. All work on (B, L, D) tensors happens tile by tile as well, in buffers that are allocated once. On a CPU they stay
+with the thread for its next scan of the same tile, 64 MB at most (`recurrence.take_scratch`). Memory and time are linear in L,
+forward and backward: forward keeps the state before each tile, and backward recomputes the tiles from these, last tile first.
 
 Symbols: B batch, L length, D channels, N state size, G groups of B and C, M = D / G channels of a group, S states kept,
 T tokens of a tile.
@@ -19,7 +19,18 @@ from torch.nn.functional import silu, softplus
 
 from ..autograd import first_order_only
 from ..packing import cu_seqlens_to_seq_idx, resets_and_valid
-from .recurrence import Marks, OuterBuffer, StateBuffer, empty_sequences, marks_of, recurrence_, walk_, walks
+from .recurrence import (
+    Marks,
+    OuterBuffer,
+    StateBuffer,
+    empty_sequences,
+    give_back,
+    marks_of,
+    recurrence_,
+    take_scratch,
+    walk_,
+    walks,
+)
 
 __all__ = ["selective_scan_eager"]
 
@@ -214,18 +225,18 @@ def _scan(
     y = torch.empty((batch, length, groups * channels), dtype=x.dtype, device=device)
     y_view = _time_first(y, groups)
     saved = torch.empty((n_tiles, *state_shape), dtype=dtype, device=device) if save else None
-    narrow = torch.empty((2, tile_length, batch, groups, channels), dtype=dtype, device=device)
-    tile_shape = (tile_length, *state_shape)
-    added, decay_buffer = OuterBuffer(tile_shape, dtype, device), StateBuffer(tile_shape, dtype, device)
+    scratch = take_scratch((tile_length, *state_shape), dtype, device)
+    dt_buffer, out_buffer = scratch.narrow(2)
     in_place = walks(device) and sequence is None
-    h_buffer = None if in_place else StateBuffer(tile_shape, dtype, device)
+    decay_buffer, *h_buffers = scratch.states(1 if in_place else 2)
+    h_buffer = None if in_place else h_buffers[0]
     for k in range(n_tiles):
         start, end = k * tile_length, min((k + 1) * tile_length, length)
         if saved is not None:
             saved[k].copy_(carry)
-        tile = _open_tile(ops, start, end, narrow[0], added, decay_buffer, h_buffer, carry, first, initial)
+        tile = _open_tile(ops, start, end, dt_buffer, scratch.added, decay_buffer, h_buffer, carry, first, initial)
         carry = tile.h[-1].clone()
-        out = narrow[1, : end - start]
+        out = out_buffer[: end - start]
         _contract_state(ops.C[start:end], tile.h, out=out)
         if ops.D is not None:
             out.addcmul_(tile.x, ops.D)
@@ -235,6 +246,7 @@ def _scan(
         marked = None if last is None else last.within(start, end)
         if marked is not None and marked.states is not None:
             final.index_add_(0, marked.states, marked.keep(tile.h.flatten(0, 1)[marked.rows]))
+    give_back(scratch)
     final = _public_states(carry if sequence is None else final)
     if sequence is not None and initial_states is not None:
         empty = empty_sequences(sequence, n_states)
@@ -301,17 +313,17 @@ class SelectiveScanFunction(torch.autograd.Function):
         carry = torch.zeros(state_shape, dtype=dtype, device=device)
         if grad_final is not None and sequence is None:
             carry = grad_final
-        narrow = torch.empty((5, tile_length, batch, groups, channels), dtype=dtype, device=device)
-        added = OuterBuffer((tile_length, *state_shape), dtype, device)
-        decay_buffer, h_buffer, grad_h_buffer = (
-            StateBuffer((tile_length, *state_shape), dtype, device) for _ in range(3)
-        )
+        scratch = take_scratch((tile_length, *state_shape), dtype, device)
+        dt_buffer, *narrow = scratch.narrow(5)
+        decay_buffer, h_buffer, grad_h_buffer = scratch.states(3)
         for k in range(saved.shape[0] - 1, -1, -1):
             start, end = k * tile_length, min((k + 1) * tile_length, length)
-            tile = _open_tile(ops, start, end, narrow[0], added, decay_buffer, h_buffer, saved[k], first, initial)
+            tile = _open_tile(
+                ops, start, end, dt_buffer, scratch.added, decay_buffer, h_buffer, saved[k], first, initial
+            )
             decay, h, grad_h = tile.decay, tile.h, grad_h_buffer.tile[: end - start]
             # the output before its gate, C·h + D x, and its gradient
-            out, grad_out, grad_scaled_x, grad_delta = (narrow[i, : end - start] for i in range(1, 5))
+            out, grad_out, grad_scaled_x, grad_delta = (buffer[: end - start] for buffer in narrow)
             if grad_y is None:
                 grad_out.zero_()
             else:
@@ -364,6 +376,7 @@ class SelectiveScanFunction(torch.autograd.Function):
                 grad_scaled_x.addcmul_(grad_out, ops.D)
                 grad_D += grad_out.mul_(tile.x).sum((0, 1))
             grad_x_view[start:end].copy_(grad_scaled_x)
+        give_back(scratch)
 
         if initial_states is not None:
             if grad_initial is None:
