@@ -111,8 +111,8 @@ class Scratch:
         return sum(view.untyped_storage().nbytes() for view in views)
 
 
-# bytes that the scratch of one thread may have to be kept: the pages of new memory cost 2 ms a scan when they are first touched
-# (docs/performance.md). Backward of B 4, D 512, N 16 takes 31 MB
+# bytes that the scratch of one thread may have to be kept, so that a scan need not touch new pages, 4 KB by 4 KB: 4 % of a
+# training step (docs/performance.md). The three tiles of backward usually come to 25 MB, to 64 only if a batch is wide
 KEPT_BYTES = 64 << 20
 
 
@@ -142,7 +142,7 @@ def _keeps(device: torch.device) -> bool:
         and torch.autograd.forward_ad._current_level < 0
         and not torch.jit.is_tracing()
         and not (
-            torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+            torch.are_deterministic_algorithms_enabled() and torch._C._get_deterministic_fill_uninitialized_memory()
         )
     )
 
