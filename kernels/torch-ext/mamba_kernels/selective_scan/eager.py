@@ -2,9 +2,10 @@
 
 The sequence is cut in tiles of T tokens. A tile of states (T, B, G, N, M) is made by a few large operations, small enough to
 stay in the cache, and only the recurrence itself goes token by token: one or two calls over a contiguous (B, G, N, M) block
-per token. All work on (B, L, D) tensors happens tile by tile as well, in buffers that are allocated once. Memory and time are
-linear in L, forward and backward: forward keeps the state before each tile, and backward recomputes the tiles from these, last
-tile first.
+per token. All work on (B, L, D) tensors happens tile by tile as well, in buffers that are allocated once. On a CPU they stay
+with the thread for its next scan of the same tile, 64 MB at most (`recurrence.take_scratch`). Memory and time are linear in L,
+forward and backward: forward keeps the state before each tile and, on a CPU, the time steps after softplus, in the dtype of the
+computation; backward recomputes the tiles from these, last tile first.
 
 Symbols: B batch, L length, D channels, N state size, G groups of B and C, M = D / G channels of a group, S states kept,
 T tokens of a tile.
@@ -15,11 +16,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import silu
 
 from ..autograd import first_order_only
 from ..packing import cu_seqlens_to_seq_idx, resets_and_valid
-from .recurrence import Marks, OuterBuffer, StateBuffer, empty_sequences, marks_of, recurrence_, walk_, walks
+from .recurrence import (
+    Marks,
+    OuterBuffer,
+    StateBuffer,
+    empty_sequences,
+    give_back,
+    marks_of,
+    recurrence_,
+    take_scratch,
+    walk_,
+    walks,
+)
 
 __all__ = ["selective_scan_eager"]
 
@@ -49,7 +61,7 @@ class _Tile(NamedTuple):
 
     x: Tensor  # (T, B, G, M)
     dt: Tensor  # (T, B, G, M), bias added
-    delta: Tensor  # (T, B, G, M), softplus applied
+    delta: Tensor  # (T, B, G, M), softplus applied, 0 in the padding
     scaled_x: Tensor  # (T, B, G, M), delta * x
     decay: Tensor  # (T, B, G, N, M), exp(delta A)
     h: Tensor  # (T, B, G, N, M), the states
@@ -115,30 +127,36 @@ def _open_tile(
     start: int,
     end: int,
     dt_buffer: Tensor,
+    delta: Tensor,
     added: OuterBuffer,
     decay_buffer: StateBuffer,
     h_buffer: StateBuffer | None,
     carry: Tensor,
     starts: Marks | None,
     initial: Tensor | None,
+    delta_is_known: bool = False,
 ) -> _Tile:
     """Compute the decays and states of the tokens start to end, from the state `carry` (B, G, N, M) before them.
 
-    Works in the given buffers; `dt_buffer` is (T, B, G, M). Where a sequence starts, the decay becomes 0 and its initial
-    state, if there is one, is brought in. Without an `h_buffer` the states take the place of the decays; that is possible
-    where `walks` holds and no initial states are brought in.
+    Works in the given buffers; `dt_buffer` and `delta` are (T, B, G, M), and the latter holds what forward left in it if
+    `delta_is_known`. Where a sequence starts, the decay becomes 0 and its initial state, if there is one, is brought in.
+    Without an `h_buffer` the states take the place of the decays; that is possible where `walks` holds and no initial states
+    are brought in.
     """
     tokens = end - start
     dt, scaled_x = dt_buffer[:tokens], added.values[:tokens]
+    delta = delta[:tokens] if ops.dt_softplus else dt
     decay = decay_buffer.tile[:tokens]
     if ops.dt_bias is None:
         dt.copy_(ops.dt[start:end])
     else:
         torch.add(ops.dt[start:end], ops.dt_bias, out=dt)
-    delta = softplus(dt) if ops.dt_softplus else dt
-    if ops.padding is not None:
-        # a step of length zero keeps the state: its decay is exactly 1
-        delta = delta.masked_fill(ops.padding[start:end], 0)
+    if not delta_is_known:
+        if ops.dt_softplus:
+            torch.ops.aten.softplus.out(dt, 1, 20, out=delta)
+        if ops.padding is not None:
+            # a step of length zero keeps the state: its decay is exactly 1
+            delta.masked_fill_(ops.padding[start:end], 0)
     x = ops.x[start:end].to(dt.dtype)
     torch.mul(delta, x, out=scaled_x)
     # exp2 is about twice as fast as exp
@@ -191,8 +209,9 @@ def _scan(
     n_states: int,
     dt_softplus: bool,
     save: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y (B, L, D) in x's dtype, final states (S, D, N), and the state before each tile if `save`.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y (B, L, D) in x's dtype, final states (S, D, N), and if `save` the state before each tile and, on a CPU, the time steps
+    (L, B, G, M) where they come out of a softplus.
 
     `starts` (B, L) bool marks where the state starts anew; `sequence` (L,) is the row of the states of each token, if
     there is one state per sequence; `padding` (B, L) bool.
@@ -214,18 +233,22 @@ def _scan(
     y = torch.empty((batch, length, groups * channels), dtype=x.dtype, device=device)
     y_view = _time_first(y, groups)
     saved = torch.empty((n_tiles, *state_shape), dtype=dtype, device=device) if save else None
-    narrow = torch.empty((2, tile_length, batch, groups, channels), dtype=dtype, device=device)
-    tile_shape = (tile_length, *state_shape)
-    added, decay_buffer = OuterBuffer(tile_shape, dtype, device), StateBuffer(tile_shape, dtype, device)
+    deltas = torch.empty(ops.x.shape, dtype=dtype, device=device) if save and dt_softplus and walks(device) else None
+    scratch = take_scratch((tile_length, *state_shape), dtype, device)
+    dt_buffer, delta_buffer, out_buffer = scratch.narrow(3)
     in_place = walks(device) and sequence is None
-    h_buffer = None if in_place else StateBuffer(tile_shape, dtype, device)
+    decay_buffer, *h_buffers = scratch.states(1 if in_place else 2)
+    h_buffer = None if in_place else h_buffers[0]
     for k in range(n_tiles):
         start, end = k * tile_length, min((k + 1) * tile_length, length)
         if saved is not None:
             saved[k].copy_(carry)
-        tile = _open_tile(ops, start, end, narrow[0], added, decay_buffer, h_buffer, carry, first, initial)
+        delta = delta_buffer if deltas is None else deltas[start:end]
+        tile = _open_tile(
+            ops, start, end, dt_buffer, delta, scratch.added, decay_buffer, h_buffer, carry, first, initial
+        )
         carry = tile.h[-1].clone()
-        out = narrow[1, : end - start]
+        out = out_buffer[: end - start]
         _contract_state(ops.C[start:end], tile.h, out=out)
         if ops.D is not None:
             out.addcmul_(tile.x, ops.D)
@@ -235,11 +258,12 @@ def _scan(
         marked = None if last is None else last.within(start, end)
         if marked is not None and marked.states is not None:
             final.index_add_(0, marked.states, marked.keep(tile.h.flatten(0, 1)[marked.rows]))
+    give_back(scratch)
     final = _public_states(carry if sequence is None else final)
     if sequence is not None and initial_states is not None:
         empty = empty_sequences(sequence, n_states)
         final = torch.where(empty[:, None, None], initial_states.to(dtype), final)
-    return y, final.clone(memory_format=torch.contiguous_format), saved
+    return y, final.clone(memory_format=torch.contiguous_format), saved, deltas
 
 
 class SelectiveScanFunction(torch.autograd.Function):
@@ -263,10 +287,10 @@ class SelectiveScanFunction(torch.autograd.Function):
         n_states: int,
         dt_softplus: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, final, saved = _scan(
+        y, final, saved, deltas = _scan(
             x, dt, A, B, C, D, z, dt_bias, initial_states, starts, sequence, padding, n_states, dt_softplus, save=True
         )
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, starts, sequence, padding, saved)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, initial_states, starts, sequence, padding, saved, deltas)
         ctx.dt_softplus = dt_softplus
         ctx.set_materialize_grads(False)
         return y, final
@@ -274,10 +298,9 @@ class SelectiveScanFunction(torch.autograd.Function):
     @staticmethod
     @first_order_only("selective_scan")
     def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, z, dt_bias, initial_states, starts, sequence, padding, saved = ctx.saved_tensors
+        x, dt, A, B, C, D, z, dt_bias, initial_states, starts, sequence, padding, saved, deltas = ctx.saved_tensors
         ops = _prepare(x, dt, A, B, C, D, z, dt_bias, padding, ctx.dt_softplus)
-        length, batch, groups, _ = ops.B.shape
-        channels = ops.x.shape[3]
+        length, _, groups, _ = ops.B.shape
         dtype, device = ops.A.dtype, x.device
         state_shape = saved.shape[1:]
         tile_length = _tile_length(ops, saves=True)
@@ -301,17 +324,28 @@ class SelectiveScanFunction(torch.autograd.Function):
         carry = torch.zeros(state_shape, dtype=dtype, device=device)
         if grad_final is not None and sequence is None:
             carry = grad_final
-        narrow = torch.empty((5, tile_length, batch, groups, channels), dtype=dtype, device=device)
-        added = OuterBuffer((tile_length, *state_shape), dtype, device)
-        decay_buffer, h_buffer, grad_h_buffer = (
-            StateBuffer((tile_length, *state_shape), dtype, device) for _ in range(3)
-        )
+        scratch = take_scratch((tile_length, *state_shape), dtype, device)
+        dt_buffer, delta_buffer, *narrow = scratch.narrow(6)
+        decay_buffer, h_buffer, grad_h_buffer = scratch.states(3)
         for k in range(saved.shape[0] - 1, -1, -1):
             start, end = k * tile_length, min((k + 1) * tile_length, length)
-            tile = _open_tile(ops, start, end, narrow[0], added, decay_buffer, h_buffer, saved[k], first, initial)
+            tile = _open_tile(
+                ops,
+                start,
+                end,
+                dt_buffer,
+                delta_buffer if deltas is None else deltas[start:end],
+                scratch.added,
+                decay_buffer,
+                h_buffer,
+                saved[k],
+                first,
+                initial,
+                delta_is_known=deltas is not None,
+            )
             decay, h, grad_h = tile.decay, tile.h, grad_h_buffer.tile[: end - start]
             # the output before its gate, C·h + D x, and its gradient
-            out, grad_out, grad_scaled_x, grad_delta = (narrow[i, : end - start] for i in range(1, 5))
+            out, grad_out, grad_scaled_x, grad_delta = (buffer[: end - start] for buffer in narrow)
             if grad_y is None:
                 grad_out.zero_()
             else:
@@ -364,6 +398,7 @@ class SelectiveScanFunction(torch.autograd.Function):
                 grad_scaled_x.addcmul_(grad_out, ops.D)
                 grad_D += grad_out.mul_(tile.x).sum((0, 1))
             grad_x_view[start:end].copy_(grad_scaled_x)
+        give_back(scratch)
 
         if initial_states is not None:
             if grad_initial is None:
@@ -426,5 +461,5 @@ def selective_scan_eager(
     if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in operands):
         y, final = SelectiveScanFunction.apply(*arguments)
     else:
-        y, final, _ = _scan(*arguments)
+        y, final, *_ = _scan(*arguments)
     return (y, final) if return_final_states else y

@@ -102,7 +102,8 @@ def selective_scan(
         h_t = exp(delta_t * A) * h_{t-1} + delta_t * B_t * x_t
         y_t = (C_t . h_t + D * x_t) * silu(z_t)
 
-    Computed in fp32 (fp64 when x is fp64). Any strides are accepted.
+    Computed in fp32 (fp64 when x is fp64). Any strides are accepted. On a CPU a thread keeps up to 64 MB of scratch memory from
+    one call to the next, and backward is left delta, (B, L, D) in the dtype of the computation, beside the arguments.
 
     Args:
         x: (B, L, D) float.

@@ -1,6 +1,9 @@
-"""The linear recurrence h[t] = decay[t] * h[t - 1] + b[t] over a tile, and the tokens where sequences start and end."""
+"""The linear recurrence h[t] = decay[t] * h[t - 1] + b[t] over a tile, the buffers it works in, and the tokens where sequences
+start and end.
+"""
 
 import math
+import threading
 from typing import NamedTuple
 
 import torch
@@ -10,10 +13,13 @@ __all__ = [
     "Marked",
     "Marks",
     "OuterBuffer",
+    "Scratch",
     "StateBuffer",
     "empty_sequences",
+    "give_back",
     "marks_of",
     "recurrence_",
+    "take_scratch",
     "walk_",
     "walks",
 ]
@@ -71,6 +77,99 @@ class OuterBuffer:
         self.rows, self.values = rows.tile[..., 0], values.tile[:, :, :, 0]  # (T, B, G, N), (T, B, G, M)
         # views that multiply to a token's (B, G, N, ≥ M)
         self.tokens = list(zip(rows.tokens, values.tokens, strict=True))
+
+
+class Scratch:
+    """What a scan works in, made when it is first asked for. Nothing of it may be part of an output or be saved.
+
+    Attributes:
+        added: an `OuterBuffer`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """`shape` is (T, B, G, N, M)."""
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.added = OuterBuffer(shape, dtype, device)
+        self._narrow: list[Tensor] = []
+        self._states: list[StateBuffer] = []
+
+    def narrow(self, count: int) -> list[Tensor]:
+        """`count` tensors (T, B, G, M)."""
+        while len(self._narrow) < count:
+            shape = (*self.shape[:3], self.shape[4])
+            self._narrow.append(torch.empty(shape, dtype=self.dtype, device=self.device))
+        return self._narrow[:count]
+
+    def states(self, count: int) -> list[StateBuffer]:
+        """`count` buffers (T, B, G, N, M)."""
+        while len(self._states) < count:
+            self._states.append(StateBuffer(self.shape, self.dtype, self.device))
+        return self._states[:count]
+
+    def nbytes(self) -> int:
+        views = [self.added.rows, self.added.values, *self._narrow, *(buffer.tile for buffer in self._states)]
+        return sum(view.untyped_storage().nbytes() for view in views)
+
+
+# bytes that the scratch of one thread may have to be kept, so that a scan need not touch new pages, 4 KB by 4 KB: 4 % of a
+# training step (docs/performance.md). The three tiles of backward usually come to 25 MB, to 64 only if a batch is wide
+KEPT_BYTES = 64 << 20
+
+
+class _Kept(threading.local):
+    """The scratch that the last scan of this thread has left, and what it was made for; it goes with the thread."""
+
+    key: tuple[object, ...] | None = None
+    scratch: Scratch | None = None
+
+
+_kept = _Kept()
+
+
+def _keeps(device: torch.device) -> bool:
+    """Whether buffers may outlive a call: they have to be plain memory, in a plain call.
+
+    Not in a traced graph, under a transform or a mode, which may have other tensors made or ride on them, as tangents do, in
+    inference mode, whose tensors may not be written to outside, or where torch fills new memory with NaN to show what is read
+    unwritten.
+    """
+    return (
+        walks(device)
+        and not torch.is_inference_mode_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+        and not (
+            torch.are_deterministic_algorithms_enabled() and torch._C._get_deterministic_fill_uninitialized_memory()
+        )
+    )
+
+
+def _key(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+    return shape, _padded_channels(shape, device), dtype, device
+
+
+def take_scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Scratch:
+    """The scratch that the last scan of this thread gave back, if it has this shape (T, B, G, N, M), or a new one.
+
+    It is the caller's alone until it is given back: a scan inside a scan, or in another thread, gets another one.
+    """
+    if not _keeps(device) or _kept.scratch is None or _kept.key != _key(shape, dtype, device):
+        return Scratch(shape, dtype, device)
+    scratch, _kept.scratch = _kept.scratch, None
+    return scratch
+
+
+def give_back(scratch: Scratch) -> None:
+    """Keep `scratch` for this thread's next scan, in the place of what was kept before, unless it has over 64 MB.
+
+    To be called where nothing went wrong: what an exception leaves behind is not used again.
+    """
+    if not _keeps(scratch.device) or scratch.nbytes() > KEPT_BYTES:
+        return
+    _kept.key, _kept.scratch = _key(scratch.shape, scratch.dtype, scratch.device), scratch
 
 
 def walk_(decay: StateBuffer, before: Tensor, added: OuterBuffer, tokens: int) -> None:
