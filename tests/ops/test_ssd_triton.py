@@ -49,9 +49,10 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     "fp16-bare-and-segments": {"dtype": FP16, "batch": 1, "length": 53, "split": True, "bare": True},
     "fp16-states-in-parts": {"dtype": FP16, "size": 20, "states": 16},
     "fp16-with-16-bit-states": {"dtype": FP16, "heads": 3, "small": 0},
-    "fp16-whole-rows": {"dtype": FP16, "heads": 3, "head_dim": 16, "size": 16},
-    "fp16-whole-rows-bare": {"dtype": FP16, "head_dim": 16, "size": 16, "bare": True, "small": 0},
     "fp16-strided-and-per-channel": {"dtype": FP16, "strided": True, "per_channel": True},
+    "fp16-in-fp32": {"dtype": FP16, "heads": 3, "guarded": True},
+    "fp16-in-fp32-strided": {"dtype": FP16, "strided": True, "per_channel": True, "guarded": True},
+    "fp16-guarded": {"dtype": FP16, "head_dim": 32, "size": 16, "channels": 32, "guarded": True},
     "fp16-bare-with-16-bit-states": {"dtype": FP16, "bare": True, "small": 0},
 }
 
@@ -139,6 +140,7 @@ def run_toy_case(
     split: bool = False,
     workspace: int = 1 << 30,
     small: int = 1 << 20,
+    guarded: bool = False,
     softplus: bool = True,
     seq_idx: bool = False,
     cu_seqlens: list[int] | None = None,
@@ -150,6 +152,10 @@ def run_toy_case(
     plan = importlib.import_module(PACKAGE + "triton_plan")
     projections = importlib.import_module(PACKAGE + "triton_projections")
     plan.block_of = lambda dtype, size: 16
+    # the kernels themselves are right at any size
+    scan, sizes = importlib.import_module(PACKAGE + "triton_scan"), importlib.import_module(PACKAGE + "sizes")
+    scan.fits_16_bits = sizes.fits_16_bits if guarded else lambda *_: True
+    scan.in_whole_rows = sizes.in_whole_rows if guarded else lambda *_: True
     plan.LARGEST_CHANNELS = plan.LARGEST_CHANNELS_FP32 = channels
     plan.FEW_HEADS, plan.FEW_ELEMENTS = 0, small
     inputs = importlib.import_module(PACKAGE + "triton_inputs")

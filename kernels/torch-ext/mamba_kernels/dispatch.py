@@ -19,7 +19,6 @@ __all__ = [
     "BACKENDS",
     "MOST_ROWS",
     "OPS",
-    "WHOLE",
     "backend",
     "forced_backend",
     "left_to_eager",
@@ -40,11 +39,6 @@ LARGEST_STATE = 256
 LARGEST_WIDTH = 8
 # most rows that a projection of a decoding step takes; with more, the partial sums leave the registers
 MOST_ROWS = 4
-
-# Where a stride is a multiple of this, Triton knows it and fetches operands of 16 bits in whole words. Where it is not, operands of
-# products in the backward of SSD go to shared memory one by one, and triton 3.6 made code for sm_90 of that which faulted or gave NaN
-# (head_dim 24, 40 and 120 without a gate): such rows are padded or copied
-WHOLE = 16
 
 # every op and whether it has a Triton implementation yet; `hf-mamba env` prints this table
 OPS: dict[str, bool] = {

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from ..causal_conv1d import causal_conv1d
 from ..checks import check_shape, check_tensor
-from ..dispatch import WHOLE, left_to_eager, on_device, select
+from ..dispatch import left_to_eager, on_device, select
 from ..norm import add_rms_norm, rms_norm_gated
 from ..selective_scan import selective_scan
 from ..ssd import ssd_chunk_scan
+from ..ssd.sizes import fits_16_bits
 
 __all__ = [
     "MAMBA2_OPS",
@@ -55,9 +56,9 @@ class MixerSizes(NamedTuple):
         inner = self.heads * self.head_dim
         return inner, inner + 2 * self.groups * self.state_size, self.heads
 
-    def in_whole_rows(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels take values of `dtype` as they lie in the convolution's output."""
-        return dtype == torch.float32 or self.head_dim % WHOLE == self.state_size % WHOLE == 0
+    def fit(self, dtype: torch.dtype) -> bool:
+        """Whether the scan takes values of `dtype` as they lie in the convolution's output."""
+        return dtype == torch.float32 or fits_16_bits(self.head_dim, self.state_size)
 
 
 def _trains_in_triton(ops: tuple[str, ...], *values: Tensor | None) -> bool:
@@ -178,7 +179,7 @@ def mamba2_inner(
     check_shape("mamba2_inner", "projected", projected, (None, None, sum(sizes.widths)), "(B, L, 2 D' + 2 G N + H)")
     floats = (projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, out_weight, out_bias)
     fused = mixers_are_fused(*floats, state_size=sizes.state_size, taps=conv_weight.shape[1])
-    if fused and sizes.in_whole_rows(projected.dtype):
+    if fused and sizes.fit(projected.dtype):
         from .triton_mamba2 import mamba2_inner_triton
 
         with on_device(projected.device):

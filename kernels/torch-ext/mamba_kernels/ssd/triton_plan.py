@@ -7,7 +7,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import WHOLE
 from ..packing import remembered
 from ..selective_scan.triton_chain import chunk_table
 
@@ -18,7 +17,6 @@ __all__ = [
     "Tuning",
     "ceil_div",
     "has_room",
-    "in_whole_rows",
     "plan_of",
     "power_of_two",
     "segment_table",
@@ -151,11 +149,6 @@ def _has_room(device_type: str, index: int | None) -> bool:
     if device_type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0) > 160_000
-
-
-def in_whole_rows(*values: Tensor | None) -> bool:
-    """Whether all strides but the innermost are multiples of `dispatch.WHOLE`."""
-    return all(stride % WHOLE == 0 for value in values if value is not None for stride in value.stride()[:-1])
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..autograd import first_order_only
 from ..compiling import compile_together
-from ..dispatch import WHOLE, left_to_eager
+from ..dispatch import left_to_eager
 from ..packing import remembered, segments_and_valid
 from .eager import ssd_chunk_scan_eager
+from .sizes import fits_16_bits, in_whole_rows
 from .triton_backward import ssd_backward
 from .triton_forward import ssd_forward
-from .triton_plan import Operands, Places, Plan, in_whole_rows, plan_of
+from .triton_plan import Operands, Places, Plan, plan_of
 
 __all__ = ["SSDChunkScanTritonFunction", "compile_scan", "marks_of", "ssd_chunk_scan_triton"]
 
@@ -153,15 +153,6 @@ def compile_scan(
     )
 
 
-def _padded(value: Tensor, *sizes: int) -> Tensor:
-    """`value` with zeros behind its last dimensions, of these sizes and the innermost first, up to multiples of `WHOLE`."""
-    more = [part for size in sizes for part in (0, -size % WHOLE)]
-    if any(more):
-        return F.pad(value, more)
-    # a dimension of size 1 counts as contiguous, whatever its stride
-    return value if in_whole_rows(value) else value.clone(memory_format=torch.contiguous_format)
-
-
 def ssd_chunk_scan_triton(
     x: Tensor,
     dt: Tensor,
@@ -181,7 +172,7 @@ def ssd_chunk_scan_triton(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ssd_chunk_scan` in Triton; arguments as there, assumed to be checked. fp64, N > 256 and empty inputs run in eager.
 
-    Blocks have a length of the kernels' own, whatever `chunk_size` is.
+    Blocks have a length of the kernels' own, whatever `chunk_size` is. 16-bit operands of odd sizes are computed in fp32 (`sizes`).
     """
     floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     if left_to_eager(*floats, state_size=B.shape[3]):
@@ -206,28 +197,26 @@ def ssd_chunk_scan_triton(
         common = torch.promote_types(B.dtype, C.dtype)
         B, C = B.to(common), C.to(common)
         floats = (x, dt, A, B, C, D, z, dt_bias, initial_states)
-    head_dim, size = x.shape[3], B.shape[3]
-    whole = head_dim % WHOLE == 0 and size % WHOLE == 0 and in_whole_rows(x, B, C, z)
-    if not whole and x.dtype == B.dtype and x.dtype != torch.float32:
+    if x.dtype == B.dtype != torch.float32 and not (
+        fits_16_bits(x.shape[3], B.shape[3]) and in_whole_rows(x, B, C, z)
+    ):
         found = ssd_chunk_scan_triton(
-            _padded(x, head_dim),
+            x.float(),
             dt,
             A,
-            _padded(B, size),
-            _padded(C, size),
-            D=D if D is None or D.dim() == 1 else _padded(D, head_dim),
-            z=None if z is None else _padded(z, head_dim),
+            B.float(),
+            C.float(),
+            D=D,
+            z=z,
             dt_bias=dt_bias,
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
-            initial_states=None if initial_states is None else _padded(initial_states, size, head_dim),
+            initial_states=initial_states,
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
             return_final_states=return_final_states,
         )
-        if isinstance(found, tuple):
-            return found[0][..., :head_dim].contiguous(), found[1][..., :head_dim, :size].contiguous()
-        return found[..., :head_dim].contiguous()
+        return (found[0].to(x.dtype), found[1]) if isinstance(found, tuple) else found.to(x.dtype)
     marks = None
     if seq_idx is not None:
         marks = marks_of(seq_idx)
