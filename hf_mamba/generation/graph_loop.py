@@ -22,7 +22,7 @@ from ..cache import ONE_NAME, RecurrentCache
 from ..cache_names import CACHE_NAMES
 from . import graphs
 from .prompt import Prompt
-from .prompt_graphs import MAX_TOKENS, PromptShape, RowPrompt, bucket, read_padded
+from .prompt_graphs import MAX_TOKENS, PromptShape, RowPrompt, bucket, read_launched
 from .sampling import TokenSampler, processor_key
 
 __all__ = ["GraphLoop", "attempt", "plan", "runs_graphs", "takes_layouts"]
@@ -96,12 +96,7 @@ class GraphLoop:
                 ready = self._by_graph(store, rows, shape, cache, seen)
         if ready is not None:
             return ready, None
-        with torch.no_grad():
-            device = self.model.device
-            ids = torch.zeros(batch, shape.length, dtype=torch.int64, device=device)
-            lengths = torch.empty(batch, dtype=torch.int64, device=device)
-            rows.write(ids, lengths)
-            outputs = read_padded(self.model, cache, shape, ids, lengths)
+        outputs = read_launched(self.model, cache, shape, rows)
         cache._seen = seen
         return None, outputs
 

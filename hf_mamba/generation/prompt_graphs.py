@@ -26,7 +26,7 @@ from ..cache import RecurrentCache
 from ..sequences import SequenceLayout
 from .prompt import Prompt
 
-__all__ = ["MAX_TOKENS", "PromptGraph", "PromptShape", "RowPrompt", "bucket", "read_padded"]
+__all__ = ["MAX_TOKENS", "PromptGraph", "PromptShape", "RowPrompt", "bucket", "read_launched"]
 
 # tokens of a batch, padding included; beyond them a GPU is kept busy by single launches, and what is computed on the way would
 # take more memory (0.4 GB for 2.8 B parameters in half precision, once for all graphs of a device)
@@ -147,6 +147,16 @@ def read_padded(model: Any, cache: RecurrentCache, shape: PromptShape, ids: Tens
             remember_while_captured(seq_idx)
             layout = LastTokens(seq_idx=seq_idx, last=lengths - 1)
     return model(input_ids=ids, cache=cache, layout=layout, return_dict=True)
+
+
+def read_launched(model: Any, cache: RecurrentCache, shape: PromptShape, rows: RowPrompt) -> Any:
+    """`read_padded` of `rows`, launch by launch, into `cache`."""
+    device, batch = model.device, rows.input_ids.shape[0]
+    with torch.no_grad():
+        ids = torch.zeros(batch, shape.length, dtype=torch.int64, device=device)
+        lengths = torch.empty(batch, dtype=torch.int64, device=device)
+        rows.write(ids, lengths)
+        return read_padded(model, cache, shape, ids, lengths)
 
 
 class PromptGraph:

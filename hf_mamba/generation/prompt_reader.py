@@ -17,7 +17,7 @@ import torch
 from ..cache import RecurrentCache
 from . import graph_loop, graphs
 from .prompt import Prompt
-from .prompt_graphs import MAX_TOKENS, PromptGraph, PromptShape, RowPrompt, bucket, read_padded
+from .prompt_graphs import MAX_TOKENS, PromptGraph, PromptShape, RowPrompt, bucket, read_launched
 
 __all__ = ["read_by_graph"]
 
@@ -105,10 +105,7 @@ def read_by_graph(model: Any, prompt: Prompt, cache: RecurrentCache, generation_
                 graph.read(rows)
                 cache.copy_from(graph.cache)
         if graph is None:
-            ids = torch.zeros(batch, shape.length, dtype=torch.int64, device=model.device)
-            lengths = torch.empty(batch, dtype=torch.int64, device=model.device)
-            rows.write(ids, lengths)
-            read_padded(model, cache, shape, ids, lengths)
+            read_launched(model, cache, shape, rows)
     cache._seen = seen
     return True
 

@@ -139,3 +139,8 @@ def saved_bytes(op: Callable[..., Any], tensors: Tensors, **options: Any) -> int
         total = sum(storages.values())
         del result
     return total
+
+
+def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * weight

@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import inspect
-import math
 from typing import Any
 
 import pytest
@@ -13,19 +12,13 @@ from torch.nn.functional import conv1d, linear, pad, silu, softplus
 
 from mamba_kernels import compat
 from mamba_kernels.compat import (
-    causal_conv1d_fn,
-    causal_conv1d_update,
-    causal_conv1d_varlen_states,
-    layer_norm_fn,
     mamba_inner_fn,
-    rms_norm_fn,
-    rmsnorm_fn,
     selective_scan_fn,
     selective_state_update,
 )
 
 from .comparison import assert_matches
-from .oracle import Tensors, compare_with_oracle, randn
+from .oracle import Tensors, compare_with_oracle, randn, rms
 
 BATCH, WIDTH, LENGTH, SIZE, RANK, MODEL = 2, 6, 20, 3, 2, 5
 
@@ -139,11 +132,6 @@ def test_complex_is_refused(name: str) -> None:
     tensors[name] = tensors[name].cfloat()
     with pytest.raises(TypeError, match=f"`{name}` is complex .complex64., which is not supported"):
         selective_scan_fn(**tensors)
-
-
-def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
-    return y if weight is None else y * weight
 
 
 def inner(
@@ -407,201 +395,6 @@ def test_selective_state_update_errors() -> None:
     ):
         with pytest.raises(error, match=message):
             selective_state_update(**(tensors | changes))
-
-
-def conv_oracle(x: Tensor, weight: Tensor, bias: Tensor, initial_states: Tensor) -> tuple[Tensor, Tensor]:
-    full = torch.cat([initial_states, x], dim=-1)
-    return silu(conv1d(full, weight[:, None], bias, groups=x.shape[1])), full[..., -(weight.shape[1] - 1) :]
-
-
-def conv_tensors() -> Tensors:
-    return {
-        "x": randn(BATCH, WIDTH, LENGTH),
-        "weight": randn(WIDTH, 4),
-        "bias": randn(WIDTH),
-        "initial_states": randn(BATCH, WIDTH, 3),
-    }
-
-
-def test_causal_conv1d_fn() -> None:
-    def run(**arguments: Tensor) -> Any:
-        return causal_conv1d_fn(**arguments, activation="silu", return_final_states=True)
-
-    compare_with_oracle(run, conv_oracle, conv_tensors(), torch.float32)
-
-
-def test_causal_conv1d_fn_layouts_and_final_states_out() -> None:
-    tensors = conv_tensors()
-    room = torch.full((BATCH, WIDTH, 3), math.nan)
-    out, final = causal_conv1d_fn(**tensors, return_final_states=True, final_states_out=room)
-    assert final is room and torch.equal(room, tensors["x"][..., -3:])
-    assert out.is_contiguous()
-    tensors["x"] = tensors["x"].transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(causal_conv1d_fn(**tensors), out)
-    assert causal_conv1d_fn(**tensors).transpose(1, 2).is_contiguous()
-
-
-def test_causal_conv1d_fn_seq_idx() -> None:
-    tensors = conv_tensors()
-    seq_idx = torch.tensor([[0] * 8 + [1] * 12, [0] * 15 + [-1] * 5])
-    out = causal_conv1d_fn(**tensors, seq_idx=seq_idx, activation="swish")
-    alone = {**tensors, "x": tensors["x"][:1, :, 8:], "initial_states": torch.zeros(1, WIDTH, 3)}
-    torch.testing.assert_close(out[:1, :, 8:], conv_oracle(**alone)[0])
-    assert not out[1, :, 15:].any()
-
-
-def test_causal_conv1d_fn_errors() -> None:
-    tensors = conv_tensors()
-    for changes, message in (
-        (
-            {"final_states_out": torch.empty(BATCH, WIDTH, 3)},
-            "`final_states_out` is written only with return_final_states",
-        ),
-        ({"return_final_states": True, "final_states_out": torch.empty(1)}, "`final_states_out` must have shape"),
-        ({"weight": torch.ones(LENGTH, 4)}, r"`weight` must have shape \(D, W\) = \(6, any\)"),
-        ({"activation": "relu"}, "`activation` must be None, 'silu' or 'swish'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            causal_conv1d_fn(**(tensors | changes))
-
-
-@pytest.mark.parametrize("size", [3, 5], ids=lambda k: f"K{k}")
-@pytest.mark.parametrize("steps", [None, 1, 2, 7], ids=lambda t: f"T {t}")
-@pytest.mark.parametrize("rows", [None, [4, -1]], ids=["all rows", "indices"])
-@pytest.mark.parametrize("circular", [False, True], ids=["shift", "circular"])
-def test_causal_conv1d_update(circular: bool, rows: list[int] | None, steps: int | None, size: int) -> None:
-    weight, bias = randn(WIDTH, 4), randn(WIDTH)
-    x = randn(BATCH, WIDTH) if steps is None else randn(BATCH, WIDTH, steps)
-    new = x[..., None] if steps is None else x
-    pool = randn(BATCH if rows is None else 5, WIDTH, size)
-    before = pool.clone()
-    indices = None if rows is None else torch.tensor(rows, dtype=torch.int32)
-    seen = torch.tensor([11, 2], dtype=torch.int32) if circular else None
-    out = causal_conv1d_update(x, pool, weight, bias, "silu", seen, indices)
-    assert out.shape == x.shape
-    for b, row in enumerate(rows or range(BATCH)):
-        if row < 0:
-            assert not out[b].any()
-            continue
-        # the inputs so far from old to new
-        shift = int(seen[b]) % size if seen is not None else 0
-        history = torch.cat([torch.roll(before[row], -shift, dims=-1), new[b]], dim=-1)
-        expected, _ = conv_oracle(
-            new[b : b + 1].double(), weight.double(), bias.double(), history[None, :, size - 3 : size].double()
-        )
-        assert_matches(out[b].reshape(WIDTH, -1), expected[0])
-        shift = (shift + new.shape[-1]) % size if seen is not None else 0
-        assert torch.equal(pool[row], torch.roll(history[:, -size:], shift, dims=-1))
-    for row in set(range(len(pool))) - set(rows or range(BATCH)):
-        assert torch.equal(pool[row], before[row])
-
-
-def test_causal_conv1d_update_errors() -> None:
-    x, state, weight = randn(BATCH, WIDTH), randn(BATCH, WIDTH, 3), randn(WIDTH, 4)
-    seen = torch.zeros(BATCH).int()
-    for arguments, error, message in (
-        ((x[0], state, weight), ValueError, r"`x` must have shape \(B, D\) or \(B, D, T\)"),
-        ((x, state, weight, None, "gelu"), ValueError, "`activation` must be"),
-        ((x, state[..., 1:], weight, None, None, seen), ValueError, "must hold at least W - 1 = 3"),
-        ((x, state, weight, None, None, seen.float()), TypeError, "`cache_seqlens` must have dtype int32, int64"),
-        ((x, state, weight, None, None, seen[:1]), ValueError, r"`cache_seqlens` must have shape \(B,\) = \(2\)"),
-        ((x, state, weight.clone().requires_grad_(), None, None, seen), RuntimeError, "`weight` requires one"),
-    ):
-        with pytest.raises(error, match=message):
-            causal_conv1d_update(*arguments)
-
-
-@pytest.mark.parametrize("state_len", [0, 1, 4])
-@pytest.mark.parametrize("bounds", [[0, 10], [0, 2, 2, 9, 10], [0, 0]], ids=str)
-def test_causal_conv1d_varlen_states(bounds: list[int], state_len: int) -> None:
-    x = randn(bounds[-1], WIDTH)
-    states = causal_conv1d_varlen_states(x, torch.tensor(bounds), state_len)
-    assert states.shape == (len(bounds) - 1, WIDTH, state_len)
-    for state, a, b in zip(states, bounds, bounds[1:], strict=False):
-        assert torch.equal(state, pad(x[a:b].t(), (state_len, 0))[:, b - a : b - a + state_len])
-
-
-def test_causal_conv1d_varlen_states_errors() -> None:
-    with pytest.raises(ValueError, match="`state_len` must not be negative, got -1"):
-        causal_conv1d_varlen_states(randn(4, 2), torch.tensor([0, 4]), -1)
-    with pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to the length 4"):
-        causal_conv1d_varlen_states(randn(4, 2), torch.tensor([0, 5]), 1)
-
-
-@pytest.mark.parametrize("before", [True, False], ids=["norm first", "gate first"])
-@pytest.mark.parametrize("group_size", [None, 4], ids=lambda g: f"group {g}")
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("gate", [False, True], ids=["no gate", "gate"])
-def test_rmsnorm_fn(gate: bool, bias: bool, group_size: int | None, before: bool) -> None:
-    def oracle(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None) -> Tensor:
-        y = x if z is None or before else x * silu(z)
-        y = rms(y.unflatten(-1, (-1, group_size or 8)), None, 1e-3).flatten(-2) * weight
-        y = y if bias is None else y + bias
-        return y if z is None or not before else y * silu(z)
-
-    def run(**arguments: Tensor | None) -> Tensor:
-        return rmsnorm_fn(**arguments, eps=1e-3, group_size=group_size, norm_before_gate=before)
-
-    tensors: Tensors = {"x": randn(3, 8), "weight": randn(8), "bias": None, "z": None}
-    if bias:
-        tensors["bias"] = randn(8, seed=1)
-    if gate:
-        tensors["z"] = randn(3, 8, seed=2)
-    compare_with_oracle(run, oracle, tensors, torch.float32)
-
-
-@pytest.mark.parametrize("is_rms_norm", [False, True], ids=["LayerNorm", "RMSNorm"])
-@pytest.mark.parametrize(
-    "names", [(), ("bias", "residual"), ("x1", "residual"), ("rowscale",), ("weight1", "bias1", "x1")]
-)
-def test_layer_norm_fn(names: tuple[str, ...], is_rms_norm: bool) -> None:
-    def oracle(**t: Tensor) -> tuple[Tensor, ...]:
-        total = t["x"] * t["rowscale"][..., None] if "rowscale" in t else t["x"]
-        total = total + t.get("x1", 0.0) + t.get("residual", 0.0)
-
-        def norm(weight: Tensor, bias: Tensor | float) -> Tensor:
-            centred = total if is_rms_norm else total - total.mean(-1, keepdim=True)
-            return rms(centred, weight, 1e-3) + bias
-
-        second = (norm(t["weight1"], t["bias1"]),) if "weight1" in t else ()
-        return norm(t["weight"], t.get("bias", 0.0)), *second, total
-
-    def run(**t: Tensor) -> Any:
-        t.setdefault("bias", None)
-        if is_rms_norm:
-            return rms_norm_fn(**t, eps=1e-3, prenorm=True)
-        return layer_norm_fn(**t, eps=1e-3, prenorm=True)
-
-    shapes = {"rowscale": (3, 5), "residual": (3, 5, 8), "x1": (3, 5, 8)}
-    tensors: Tensors = {"x": randn(3, 5, 8), "weight": randn(8)}
-    tensors |= {name: randn(*shapes.get(name, (8,)), seed=i) for i, name in enumerate(names, start=1)}
-    compare_with_oracle(run, oracle, tensors, torch.float32)
-
-
-def test_layer_norm_fn_dtypes_and_dropout() -> None:
-    x, weight = randn(3, 8).bfloat16(), torch.ones(8)
-    y, total = rms_norm_fn(x, weight, None, residual=randn(3, 8), prenorm=True)
-    assert y.dtype == torch.bfloat16 and total.dtype == torch.float32
-    y, total = rms_norm_fn(x, weight, None, prenorm=True, residual_in_fp32=True)
-    assert total.dtype == torch.float32
-    assert isinstance(rms_norm_fn(x, weight, None), Tensor)
-    _, total = layer_norm_fn(torch.ones(1000, 8), weight, None, dropout_p=0.5, prenorm=True)
-    kept = total != 0
-    assert (total[kept] == 2).all() and 0.4 < kept.float().mean() < 0.6
-
-
-def test_layer_norm_fn_errors() -> None:
-    x, weight = randn(3, 8), torch.ones(8)
-    for options, message in (
-        ({"return_dropout_mask": True}, "`return_dropout_mask` is not supported"),
-        ({"rowscale": torch.ones(3), "x1": x}, "`rowscale` scales a single branch"),
-        ({"bias1": weight}, "`bias1` needs `weight1`"),
-        ({"residual": x[:2]}, "`residual` must have shape"),
-    ):
-        with pytest.raises(ValueError, match=f"layer_norm_fn: {message}"):
-            layer_norm_fn(x, weight, None, **options)
-        with pytest.raises(ValueError, match=f"rms_norm_fn: {message}"):
-            rms_norm_fn(x, weight, None, **options)
 
 
 @pytest.mark.parametrize("module", ["convolution", "mamba", "normalisation", "step"])

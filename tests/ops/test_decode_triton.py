@@ -290,6 +290,8 @@ def test_same_bits_ten_times(case: str) -> None:
 @pytest.mark.parametrize("captured", [False, True], ids=["in-a-stream", "in-a-graph"])
 def test_early_launches_have_the_same_bits(captured: bool, dtype: torch.dtype) -> None:
     """A chain of all kernels of a step, of which each reads what the one in front of it has only just written."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs launches that start early")
     layers, channels, rank, size, rounds = 6, 512, 16, 16, 5
     torch.manual_seed(0)
 
