@@ -4,8 +4,8 @@
 
 The weight stands on the left of `tl.dot`, so that its many outputs fill the 16 rows that a tensor core takes; the rows of x are
 padded to BR columns. A program reads BO rows of the weight, BK columns at a time, with the next tiles on their way. Sums are in
-fp32 and in a fixed order. A launch that starts early (`early`) has the L2 cache fetch the program's rows of the weight while the
-kernel in front of it is at work; registers would hold a fraction of them.
+fp32 and in a fixed order. It never starts early (`early`): programs of the next launch would take the shared memory of those that
+still wait for their own, which makes a step of 3 to 8 rows up to a fifth slower (docs/performance.md).
 
 Symbols: B rows of x, K inputs, O outputs.
 """
@@ -17,8 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ..early import launches_early
 
 __all__ = ["MOST_SKINNY_ROWS", "beats_the_library", "multiplies", "skinny_linear"]
 
@@ -44,25 +42,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 # with fewer outputs only some multiprocessors read, about 20 bytes a ns each: with more inputs than this, torch, which
 # shares out the inputs as well, is expected to be ahead (x_proj of mamba-2.8b; inferred from the smaller shapes)
 FEWEST_OUTPUTS, MOST_INPUTS = 512, 2048
-# of the L2 cache, and how many of a row are asked for at once
-LINE_BYTES, LINES = 128, 16
-
-
-@triton.jit
-def _fetch_into_l2(weight, o, outputs, K: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr):
-    """Have the L2 cache read rows o of the weight (O, K), LINES lines of LINE values of a row at a time."""
-    # the last row and the last value again in place of what lies outside
-    row = weight + tl.minimum(o, outputs - 1)[:, None].to(tl.int64) * K
-    k = tl.arange(0, LINES) * LINE
-    for start in tl.static_range(0, K, LINES * LINE):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [(row + tl.minimum(start + k, K - 1)[None, :]).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -83,14 +62,8 @@ def _skinny_kernel(
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    EARLY: tl.constexpr,
-    FETCH: tl.constexpr,
-    LINE: tl.constexpr,
-    LINES: tl.constexpr,
 ):
-    """y (B, O), contiguous. With FETCH, the weight is on its way to the L2 cache before x has to be there."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    """y (B, O), contiguous."""
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     is_output = o < outputs
     b = tl.arange(0, BR)
@@ -98,10 +71,6 @@ def _skinny_kernel(
     k = tl.arange(0, BK)
     tile = weight + o[:, None].to(tl.int64) * K + k[None, :]
     inputs = x + b[:, None].to(tl.int64) * stride_x + k[None, :]
-    if FETCH:
-        _fetch_into_l2(weight, o, outputs, K, LINE, LINES)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     sums = tl.zeros((BO, BR), tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         weight_mask = is_output[:, None]
@@ -162,7 +131,6 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residua
     added = x if residual is None else residual if residual.stride(1) == 1 else residual.contiguous()
     dtype = weight.dtype if residual is None else torch.promote_types(residual.dtype, weight.dtype)
     y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
-    early = launches_early(x)
     _skinny_kernel[(triton.cdiv(outputs, tuning.outputs),)](
         x,
         weight.contiguous(),
@@ -180,11 +148,6 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residua
         STAGES=tuning.stages,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        EARLY=early,
-        FETCH=early,
-        LINE=LINE_BYTES // weight.element_size(),
-        LINES=LINES,
         num_warps=tuning.warps,
-        **({"launch_pdl": True} if early else {}),
     )
     return y
