@@ -17,9 +17,18 @@ from hf_mamba import RecurrentCache
 from hf_mamba.generation import graphs, speculative
 
 from .builders import ALL_MODELS, random_ids
-from .on_graphs import DEVICES, Called, generate, graph_device, stock
-from .oracles import GREEDY, TOLERANCE, greedy_loop, make_talker, padded
-from .test_prompt_lookup import Collect
+from .on_graphs import (
+    DEVICES,
+    Called,
+    Collect,
+    assert_goes_on,
+    generate,
+    graph_device,
+    pause_often,
+    stock,
+    watch_drafting,
+)
+from .oracles import GREEDY, greedy_loop, make_talker, padded
 
 STEPS = 20
 
@@ -118,9 +127,7 @@ def test_between_drafts_and_plain_steps(
     device: torch.device, kind: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused drafts mean plain steps for a while, after which the assistant reads what it has not seen."""
-    monkeypatch.setattr(speculative, "SHORTEST_PAUSE", 3)
-    monkeypatch.setattr(speculative, "LONGEST_PAUSE", 3)
-    monkeypatch.setattr(speculative, "ENOUGH", 100)
+    pause_often(monkeypatch)
     counts: list[int] = []
     original = speculative._Pace.judge
     monkeypatch.setattr(
@@ -134,21 +141,11 @@ def test_between_drafts_and_plain_steps(
     assert torch.equal(result[0, 9:].cpu(), expected)
     # the assistant still is the same model, so all that it drafts is right
     assert len(counts) > 4 and set(counts) == {2}
-    with torch.no_grad():
-        logits = model(result[:, -1:], cache=cache).logits[0, -1]
-        again = model(result, use_cache=False).logits[0, -1]
-    assert (logits - again).abs().max().item() <= TOLERANCE
+    assert_goes_on(model, cache, result)
 
 
 def test_bad_drafts_are_given_up(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafted: list[bool] = []
-    original = speculative._Pace.next
-
-    def watched(pace: Any, step: Any) -> bool:
-        drafted.append(original(pace, step))
-        return drafted[-1]
-
-    monkeypatch.setattr(speculative._Pace, "next", watched)
+    drafted = watch_drafting(monkeypatch)
     model, assistant = make_pair("mamba", device, "other")
     assisted(model, assistant, random_ids(1, 9).to(device), max_new_tokens=200)
     assert drafted.count(True) < 40 and drafted.count(False) > 120
@@ -175,12 +172,7 @@ def test_states_are_handed_back(device: torch.device, kind: str, stop: str, draf
     result = assisted(model, assistant, ids.to(device), cache=cache, eos_token_id=eos, return_dict_in_generate=True)
     sequence = torch.cat([ids[0], torch.tensor(tokens[:count])])
     assert torch.equal(result.sequences[0].cpu(), sequence) and result.past_key_values is cache
-    assert cache.get_seq_length() == len(sequence) - 1 and not cache.recording
-    new = random_ids(1, 3, seed=9).to(device)
-    with torch.no_grad():
-        expected = model(torch.cat([sequence[None, :-1].to(device), new], dim=1), use_cache=False).logits[:, -3:]
-        actual = model(new, cache=cache).logits
-    assert (actual - expected).abs().max().item() <= TOLERANCE
+    assert_goes_on(model, cache, sequence[None])
 
 
 def test_turns_of_a_conversation(device: torch.device) -> None:
