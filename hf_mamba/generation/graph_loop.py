@@ -22,10 +22,10 @@ from ..cache import ONE_NAME, RecurrentCache
 from ..cache_names import CACHE_NAMES
 from . import graphs
 from .prompt import Prompt
-from .prompt_graphs import MAX_TOKENS, PromptShape, RowPrompt, bucket, read_launched
+from .prompt_graphs import PromptShape, RowPrompt, read_launched, rows_to_read
 from .sampling import TokenSampler, processor_key
 
-__all__ = ["GraphLoop", "attempt", "plan", "runs_graphs", "takes_layouts"]
+__all__ = ["GraphLoop", "allows_graphs", "attempt", "plan", "runs_graphs"]
 
 logger = logging.get_logger(__name__)
 
@@ -72,20 +72,10 @@ class GraphLoop:
             What follows a graph, which leaves `cache` alone, or None; and, if there was no graph, the output of the model,
             with the states in `cache`. (None, None) if nothing was read.
         """
-        batch, columns = prompt.input_ids.shape
-        if prompt.inputs_embeds is not None or prompt.position_ids is not None or cache.pending_length:
-            return None, None
-        if not takes_layouts(self.model):
-            return None, None
-        if batch * bucket(columns) > MAX_TOKENS or cache.batch_size not in (-1, batch):
-            return None, None
-        chunk = self.generation_config.prefill_chunk_size
-        if chunk is not None and chunk < columns:
-            return None, None
-        rows = RowPrompt.of(prompt)
+        rows = rows_to_read(self.model, prompt, cache, self.generation_config.prefill_chunk_size)
         if rows is None:
             return None, None
-        seen = cache.get_seq_length() + columns
+        seen = cache.get_seq_length() + prompt.length
         shape = rows.shape(fresh=cache.batch_size == -1)
         with torch.inference_mode(False), torch.no_grad(), graphs.CAPTURING:
             ready = self._at_once(rows, shape, cache, seen)
@@ -397,17 +387,13 @@ def plan(
     cache: Any,
 ) -> GraphLoop | None:
     """How to decode by graphs, or None where transformers' own loop has to do it."""
-    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
-        return None
-    if not runs_graphs(model.device) or synced_gpus or generation_config.is_assistant:
+    if not allows_graphs(model, generation_config) or synced_gpus or generation_config.is_assistant:
         return None
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return None
     if not isinstance(cache, RecurrentCache) or cache.recording or not model_kwargs.get("use_cache"):
         return None
     if any(name not in USED_UP and value is not None for name, value in model_kwargs.items()):
-        return None
-    if torch.is_autocast_enabled(model.device.type):
         return None
     keys = [processor_key(processor) for processor in logits_processor]
     if any(key is None for key in keys):
@@ -440,9 +426,11 @@ def plan(
     )
 
 
-def takes_layouts(model: Any) -> bool:
-    """Whether the forwards of model and backbone are those of this package; others may need masks as generate() makes them."""
-    return all(type(part).forward.__module__.startswith("hf_mamba.") for part in (model, model.base_model))
+def allows_graphs(model: Any, generation_config: Any) -> bool:
+    """Whether a call may run graphs at all: nobody has switched them off, and nothing outside of the model steers it."""
+    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
+        return False
+    return runs_graphs(model.device) and not torch.is_autocast_enabled(model.device.type)
 
 
 def runs_graphs(device: torch.device) -> bool:

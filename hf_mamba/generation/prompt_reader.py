@@ -6,7 +6,6 @@ the second time on. The graph reads into states of its own, from which they are 
 Symbols: B batch, V vocabulary.
 """
 
-import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -17,7 +16,7 @@ import torch
 from ..cache import RecurrentCache
 from . import graph_loop, graphs
 from .prompt import Prompt
-from .prompt_graphs import MAX_TOKENS, PromptGraph, PromptShape, RowPrompt, bucket, read_launched
+from .prompt_graphs import PromptGraph, PromptShape, read_launched, rows_to_read
 
 __all__ = ["read_by_graph"]
 
@@ -69,22 +68,13 @@ def read_by_graph(model: Any, prompt: Prompt, cache: RecurrentCache, generation_
     Returns:
         Whether the prompt was read; if not, nothing has changed.
     """
-    batch, columns = prompt.input_ids.shape
-    chunk = generation_config.prefill_chunk_size
-    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
+    if not graph_loop.allows_graphs(model, generation_config):
         return False
-    if not graph_loop.runs_graphs(model.device) or torch.is_autocast_enabled(model.device.type):
-        return False
-    if prompt.inputs_embeds is not None or prompt.position_ids is not None or cache.recording or cache.pending_length:
-        return False
-    if not graph_loop.takes_layouts(model) or cache.batch_size not in (-1, batch):
-        return False
-    if batch * bucket(columns) > MAX_TOKENS or (chunk is not None and chunk < columns):
-        return False
-    rows = RowPrompt.of(prompt)
+    rows = rows_to_read(model, prompt, cache, generation_config.prefill_chunk_size)
     if rows is None:
         return False
-    shape, seen = rows.shape(fresh=cache.batch_size == -1), cache.get_seq_length() + columns
+    batch, shape = prompt.input_ids.shape[0], rows.shape(fresh=cache.batch_size == -1)
+    seen = cache.get_seq_length() + prompt.length
     with torch.inference_mode(False), torch.no_grad():
         with graphs.CAPTURING:
             store = graphs.graphs_of(model)

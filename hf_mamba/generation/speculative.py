@@ -13,7 +13,6 @@ Symbols: T tokens of a step (a draft of T - 1), S places for the text, V vocabul
 
 import inspect
 import math
-import os
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -29,6 +28,7 @@ from ..cache import ONE_NAME, RecurrentCache
 from ..layers.fused_step import MOST_DRAFTED
 from . import graph_loop, graphs
 from .drafting import Assistant, Lookup, Text
+from .prompt_graphs import takes_layouts
 
 __all__ = ["Speculation", "plan_speculation"]
 
@@ -332,9 +332,7 @@ def plan_speculation(model: Any, input_ids: Tensor, cache: Any, options: dict[st
     config = options["generation_config"]
     if config.do_sample or any(getattr(config, name, None) for name in OTHER_DRAFTS):
         return None
-    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or config.disable_compile:
-        return None
-    if not graph_loop.runs_graphs(model.device) or options.get("synced_gpus") or config.is_assistant:
+    if not graph_loop.allows_graphs(model, config) or options.get("synced_gpus") or config.is_assistant:
         return None
     if config.output_attentions or config.output_hidden_states:
         return None
@@ -348,7 +346,7 @@ def plan_speculation(model: Any, input_ids: Tensor, cache: Any, options: dict[st
     arguments = {name: value for name, value in options.items() if name not in names}
     if any(name not in graph_loop.USED_UP and value is not None for name, value in arguments.items()):
         return None
-    if len(options.get("logits_processor") or ()) or torch.is_autocast_enabled(model.device.type):
+    if len(options.get("logits_processor") or ()):
         return None
     max_length, eos_token_ids = None, []
     for criterion in options.get("stopping_criteria") or ():
@@ -380,7 +378,7 @@ def _source_of_drafts(
         return None
     if assistant is None:
         return None if looked_up < 1 else Lookup(min(looked_up + 1, MOST_DRAFTED), config.max_matching_ngram_size or 2)
-    if not isinstance(assistant, GenerationMixin) or not graph_loop.takes_layouts(assistant):
+    if not isinstance(assistant, GenerationMixin) or not takes_layouts(assistant):
         return None
     if assistant.device != model.device or assistant.config.vocab_size != model.config.vocab_size:
         return None
