@@ -1,8 +1,8 @@
 """Greedy decoding and sampling as replayed CUDA graphs, with the results of transformers' own loop.
 
-The prompt is one replay, if one like it was read before. A step is two: the model, and the choice of the next tokens. The host launches them ahead of the GPU and learns a few
-steps later which tokens came out, so that neither waits for the other. Where a step too many would show (states that are
-handed back, criteria that the host decides) it waits for each step.
+The prompt is one replay, if one like it was read before. A step is two: the model, and the choice of the next tokens. The host
+launches them ahead of the GPU and learns a few steps later which tokens came out, so that neither waits for the other. Where a
+step too many would show (states that are handed back, criteria that the host decides) it waits for each step.
 
 Symbols: B batch, L length of the prompt, V vocabulary.
 """
