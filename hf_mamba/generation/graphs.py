@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from ..cache import RecurrentCache
 from .fingerprint import Watch, fingerprint
 from .prompt_graphs import PromptGraph, PromptShape
 
-__all__ = ["DecodeStep", "Graphs", "capture", "graphs_of", "last_graphs_of"]
+__all__ = ["DecodeStep", "Graphs", "capture", "graphs_of", "kept", "last_graphs_of"]
 
 # model steps (one for each batch size) that are kept for a model; samplers (one for each set of options) and prompts (one for
 # each length) for a step
@@ -165,6 +165,20 @@ def _capture(function: Callable[[], None], device: torch.device, warm_ups: int) 
         torch.cuda.set_rng_state(state, device)
 
 
+Kept = TypeVar("Kept")
+
+
+def kept(known: "OrderedDict[Any, Kept]", key: Hashable, make: Callable[[], Kept], most: int) -> Kept:
+    """`known[key]`, made the first time; no more than `most` stay, those that were asked for last."""
+    found = known.pop(key, None)
+    if found is None:
+        found = make()
+        while len(known) >= most:
+            known.popitem(last=False)
+    known[key] = found
+    return found
+
+
 class DecodeStep:
     """One step of a model on a batch of a fixed size: ids in, logits out, states updated in place.
 
@@ -205,24 +219,21 @@ class DecodeStep:
 
     def sampler(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, Any]:
         """The sampler for a set of options and its graph; captured the first time."""
-        found = self.samplers.pop(key, None)
-        if found is None:
+
+        def captured() -> tuple[Any, Any]:
             sampler = make()
-            found = sampler, capture(sampler, self.ids.device)
-            while len(self.samplers) >= MAX_SAMPLERS:
-                self.samplers.popitem(last=False)
-        self.samplers[key] = found
-        return found
+            return sampler, capture(sampler, self.ids.device)
+
+        return kept(self.samplers, key, captured, MAX_SAMPLERS)
 
     def prompt(self, shape: PromptShape) -> PromptGraph:
         """The graph that reads prompts of a shape into the states of this step; captured the first time."""
-        found = self.prompts.pop(shape, None)
-        if found is None:
-            found = PromptGraph(self.model(), self.cache, self.logits, shape, capture)
-            while len(self.prompts) >= MAX_PROMPTS:
-                self.prompts.popitem(last=False)
-        self.prompts[shape] = found
-        return found
+        return kept(
+            self.prompts,
+            shape,
+            lambda: PromptGraph(self.model(), self.cache, self.logits, shape, capture),
+            MAX_PROMPTS,
+        )
 
 
 class Graphs:

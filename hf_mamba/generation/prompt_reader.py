@@ -43,13 +43,12 @@ class Reader:
 
     def prompt(self, shape: PromptShape) -> PromptGraph:
         """The graph for prompts of a shape; captured the first time."""
-        found = self.prompts.pop(shape, None)
-        if found is None:
-            found = PromptGraph(self.model(), self.cache, self.logits, shape, graphs.capture)
-            while len(self.prompts) >= MAX_PROMPTS:
-                self.prompts.popitem(last=False)
-        self.prompts[shape] = found
-        return found
+        return graphs.kept(
+            self.prompts,
+            shape,
+            lambda: PromptGraph(self.model(), self.cache, self.logits, shape, graphs.capture),
+            MAX_PROMPTS,
+        )
 
 
 # they are dropped together with the other graphs of a model, when something in it changes
@@ -106,10 +105,4 @@ def _graph(store: graphs.Graphs, model: Any, cache: RecurrentCache, batch: int, 
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     readers = _readers.setdefault(store, OrderedDict())
     key = batch, cache.ssm_dtype, stream
-    reader = readers.pop(key, None)
-    if reader is None:
-        reader = Reader(model, cache, batch)
-        while len(readers) >= MAX_READERS:
-            readers.popitem(last=False)
-    readers[key] = reader
-    return reader.prompt(shape)
+    return graphs.kept(readers, key, lambda: Reader(model, cache, batch), MAX_READERS).prompt(shape)
