@@ -7,16 +7,13 @@ step too many would show (states that are handed back, criteria that the host de
 Symbols: B batch, L length of the prompt, V vocabulary.
 """
 
-import os
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
-from transformers.utils import logging
 
 from ..cache import ONE_NAME, RecurrentCache
 from ..cache_names import CACHE_NAMES
@@ -25,16 +22,12 @@ from .prompt import Prompt
 from .prompt_graphs import PromptShape, RowPrompt, read_launched, rows_to_read
 from .sampling import TokenSampler, processor_key
 
-__all__ = ["GraphLoop", "allows_graphs", "attempt", "plan", "runs_graphs"]
-
-logger = logging.get_logger(__name__)
+__all__ = ["GraphLoop", "plan"]
 
 # steps that may be in flight before the host looks at the results of the oldest
 RUN_AHEAD = 8
 # fewer new tokens than this do not pay for a graph that has to be captured first
 WORTH_CAPTURING = 4
-# what is refused when no prompt of a model can be captured
-PROMPTS = "prompts"
 # the buffer of ids grows in powers of two from here, so that few lengths need a graph of their own
 SMALLEST_CAPACITY = 256
 
@@ -81,7 +74,7 @@ class GraphLoop:
             ready = self._at_once(rows, shape, cache, seen)
             if ready is None:
                 store = graphs.graphs_of(self.model)
-                if store is None or PROMPTS in store.refused:
+                if store is None or graphs.PROMPTS in store.refused:
                     return None, None
                 ready = self._by_graph(store, rows, shape, cache, seen)
         if ready is not None:
@@ -125,7 +118,7 @@ class GraphLoop:
         if ready is None:
             return None
         try:
-            graph = attempt(store, PROMPTS, lambda: step.prompt(shape), "the prompt", again=False)
+            graph = graphs.attempt(store, graphs.PROMPTS, lambda: step.prompt(shape), "the prompt", again=False)
             if graph is None:
                 step.lock.release()
                 return None
@@ -154,7 +147,9 @@ class GraphLoop:
             store = graphs.graphs_of(self.model)
             if store is None or (not store.has_step(cache) and new_tokens < WORTH_CAPTURING):
                 return None
-            step = attempt(store, graphs.step_key(cache), lambda: store.step(self.model, cache), "a decoding step")
+            step = graphs.attempt(
+                store, graphs.step_key(cache), lambda: store.step(self.model, cache), "a decoding step"
+            )
             ready = None if step is None else self._lock(store, step, prompt_length=cache.get_seq_length())
             if ready is not None:
                 try:
@@ -213,7 +208,7 @@ class GraphLoop:
             return None
         key = self._sampler_key()
         try:
-            found = attempt(
+            found = graphs.attempt(
                 store, key, lambda: step.sampler(key, lambda: self._make_sampler(step, key[0])), "a decoding step"
             )
         except BaseException:
@@ -240,33 +235,6 @@ class GraphLoop:
             eos_token_ids=self.eos_token_ids,
             pad_token_id=0 if pad is None else int(pad),
         )
-
-
-def attempt(store: graphs.Graphs, key: Any, make: Callable[[], Any], name: str, again: bool = True) -> Any:
-    """`make()`, or None if it cannot be captured; what cannot be is remembered.
-
-    Args:
-        store: the graphs of the model.
-        key: what is refused then.
-        name: what it is.
-        again: whether to try again after there was no memory, which may be free the next time.
-    """
-    if key in store.refused:
-        return None
-    try:
-        return make()
-    except torch.cuda.OutOfMemoryError:
-        logger.warning_once(
-            f"hf_mamba: not enough GPU memory to capture a CUDA graph of {name}, so generate() takes a slower "
-            "way. A smaller batch, or HF_MAMBA_CUDA_GRAPH=0 to stop trying, helps."
-        )
-        if not again:
-            store.refused.add(key)
-    except (RuntimeError, TypeError, ValueError) as error:
-        # what is wrong with the call itself, the other way says
-        logger.info(f"hf_mamba: no CUDA graph of {name}: {error}")
-        store.refused.add(key)
-    return None
 
 
 @dataclass
@@ -387,7 +355,7 @@ def plan(
     cache: Any,
 ) -> GraphLoop | None:
     """How to decode by graphs, or None where transformers' own loop has to do it."""
-    if not allows_graphs(model, generation_config) or synced_gpus or generation_config.is_assistant:
+    if not graphs.allows_graphs(model, generation_config) or synced_gpus or generation_config.is_assistant:
         return None
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return None
@@ -424,15 +392,3 @@ def plan(
         host_criteria=host_criteria,
         streamer=streamer,
     )
-
-
-def allows_graphs(model: Any, generation_config: Any) -> bool:
-    """Whether a call may run graphs at all: nobody has switched them off, and nothing outside of the model steers it."""
-    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
-        return False
-    return runs_graphs(model.device) and not torch.is_autocast_enabled(model.device.type)
-
-
-def runs_graphs(device: torch.device) -> bool:
-    """Whether CUDA graphs can be captured on `device`."""
-    return device.type == "cuda"

@@ -1,4 +1,4 @@
-"""CUDA graphs of one decoding step, and when they may be replayed.
+"""CUDA graphs: capturing and keeping them, and when they may be replayed.
 
 A graph replays the kernels that were launched while it was captured, on the same addresses. So it is right as long as every
 tensor of the model is where it was and nothing else that steers the Python code has changed. A fingerprint collects both;
@@ -8,6 +8,7 @@ Symbols: B batch, V vocabulary.
 """
 
 import contextlib
+import os
 import threading
 import warnings
 import weakref
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from mamba_kernels.early import early_launches
 
@@ -24,8 +26,23 @@ from ..cache import RecurrentCache
 from .fingerprint import Watch, fingerprint
 from .prompt_graphs import PromptGraph, PromptShape
 
-__all__ = ["DecodeStep", "Graphs", "capture", "graphs_of", "kept", "last_graphs_of"]
+__all__ = [
+    "PROMPTS",
+    "DecodeStep",
+    "Graphs",
+    "allows_graphs",
+    "attempt",
+    "capture",
+    "graphs_of",
+    "kept",
+    "last_graphs_of",
+    "runs_graphs",
+]
 
+logger = logging.get_logger(__name__)
+
+# what is refused when no prompt of a model can be captured
+PROMPTS = "prompts"
 # model steps (one for each batch size) that are kept for a model; samplers (one for each set of options) and prompts (one for
 # each length) for a step
 MAX_STEPS, MAX_SAMPLERS, MAX_PROMPTS = 4, 8, 24
@@ -321,3 +338,42 @@ def graphs_of(model: nn.Module) -> Graphs | None:
         found = _graphs[model] = Graphs(mark)
     found.watch = Watch(model)
     return found
+
+
+def attempt(store: Graphs, key: Any, make: Callable[[], Any], name: str, again: bool = True) -> Any:
+    """`make()`, or None if it cannot be captured; what cannot be is remembered.
+
+    Args:
+        store: the graphs of the model.
+        key: what is refused then.
+        name: what it is.
+        again: whether to try again after there was no memory, which may be free the next time.
+    """
+    if key in store.refused:
+        return None
+    try:
+        return make()
+    except torch.cuda.OutOfMemoryError:
+        logger.warning_once(
+            f"hf_mamba: not enough GPU memory to capture a CUDA graph of {name}, so generate() takes a slower "
+            "way. A smaller batch, or HF_MAMBA_CUDA_GRAPH=0 to stop trying, helps."
+        )
+        if not again:
+            store.refused.add(key)
+    except (RuntimeError, TypeError, ValueError) as error:
+        # what is wrong with the call itself, the other way says
+        logger.info(f"hf_mamba: no CUDA graph of {name}: {error}")
+        store.refused.add(key)
+    return None
+
+
+def allows_graphs(model: Any, generation_config: Any) -> bool:
+    """Whether a call may run graphs at all: nobody has switched them off, and nothing outside of the model steers it."""
+    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
+        return False
+    return runs_graphs(model.device) and not torch.is_autocast_enabled(model.device.type)
+
+
+def runs_graphs(device: torch.device) -> bool:
+    """Whether CUDA graphs can be captured on `device`."""
+    return device.type == "cuda"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..cache import RecurrentCache
-from . import graph_loop, graphs
+from . import graphs
 from .prompt import Prompt
 from .prompt_graphs import PromptGraph, PromptShape, read_launched, rows_to_read
 
@@ -67,7 +67,7 @@ def read_by_graph(model: Any, prompt: Prompt, cache: RecurrentCache, generation_
     Returns:
         Whether the prompt was read; if not, nothing has changed.
     """
-    if not graph_loop.allows_graphs(model, generation_config):
+    if not graphs.allows_graphs(model, generation_config):
         return False
     rows = rows_to_read(model, prompt, cache, generation_config.prefill_chunk_size)
     if rows is None:
@@ -77,13 +77,13 @@ def read_by_graph(model: Any, prompt: Prompt, cache: RecurrentCache, generation_
     with torch.inference_mode(False), torch.no_grad():
         with graphs.CAPTURING:
             store = graphs.graphs_of(model)
-            if store is None or graph_loop.PROMPTS in store.refused:
+            if store is None or graphs.PROMPTS in store.refused:
                 return False
             graph = None
             if store.seen_before(("reader", batch, cache.ssm_dtype, shape)):
-                graph = graph_loop.attempt(
+                graph = graphs.attempt(
                     store,
-                    graph_loop.PROMPTS,
+                    graphs.PROMPTS,
                     lambda: _graph(store, model, cache, batch, shape),
                     "the prompt",
                     again=False,

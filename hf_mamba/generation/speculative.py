@@ -203,7 +203,7 @@ class Speculation:
                 return None, None
             prompt = self.source.read(input_ids)
             steps = _steps.setdefault(store, OrderedDict())
-            step = graph_loop.attempt(store, key, lambda: self._step(steps, key, cache, prompt), self.source.name)
+            step = graphs.attempt(store, key, lambda: self._step(steps, key, cache, prompt), self.source.name)
             # a locked step is decoding for another thread
             return (step if step is not None and step.lock.acquire(blocking=False) else None), prompt
 
@@ -332,7 +332,7 @@ def plan_speculation(model: Any, input_ids: Tensor, cache: Any, options: dict[st
     config = options["generation_config"]
     if config.do_sample or any(getattr(config, name, None) for name in OTHER_DRAFTS):
         return None
-    if not graph_loop.allows_graphs(model, config) or options.get("synced_gpus") or config.is_assistant:
+    if not graphs.allows_graphs(model, config) or options.get("synced_gpus") or config.is_assistant:
         return None
     if config.output_attentions or config.output_hidden_states:
         return None

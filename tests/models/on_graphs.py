@@ -8,7 +8,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from hf_mamba import RecurrentCache
-from hf_mamba.generation import graph_loop, graphs, mixin, speculative
+from hf_mamba.generation import graphs, mixin, speculative
 
 from .builders import random_ids
 from .oracles import TOLERANCE
@@ -59,7 +59,7 @@ def graph_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return torch.device("cuda", 0)
     monkeypatch.setattr(graphs, "capture", Called)
     monkeypatch.setattr(graphs, "device_memory", lambda device: 2**34)
-    monkeypatch.setattr(graph_loop, "runs_graphs", lambda device: True)
+    monkeypatch.setattr(graphs, "runs_graphs", lambda device: True)
     return torch.device("cpu")
 
 
