@@ -22,7 +22,7 @@ from .prompt import Prompt
 from .prompt_graphs import PromptShape, RowPrompt, read_launched, rows_to_read
 from .sampling import TokenSampler, processor_key
 
-__all__ = ["GraphLoop", "plan"]
+__all__ = ["GraphLoop", "plan", "stops"]
 
 # steps that may be in flight before the host looks at the results of the oldest
 RUN_AHEAD = 8
@@ -366,14 +366,7 @@ def plan(
     keys = [processor_key(processor) for processor in logits_processor]
     if any(key is None for key in keys):
         return None
-    max_length, eos_token_ids, host_criteria = None, [], []
-    for criterion in stopping_criteria:
-        if type(criterion) is MaxLengthCriteria:
-            max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
-        elif type(criterion) is EosTokenCriteria:
-            eos_token_ids += criterion.eos_token_id.tolist()
-        else:
-            host_criteria.append(criterion)
+    max_length, eos_token_ids, host_criteria = stops(stopping_criteria)
     if max_length is None:
         return None
     pad = generation_config._pad_token_tensor
@@ -392,3 +385,16 @@ def plan(
         host_criteria=host_criteria,
         streamer=streamer,
     )
+
+
+def stops(stopping_criteria: Any) -> tuple[int | None, list[int], list[Any]]:
+    """The length at which to stop, if there is one, the end tokens, and the criteria that say nothing but yes or no."""
+    max_length, eos_token_ids, others = None, [], []
+    for criterion in stopping_criteria:
+        if type(criterion) is MaxLengthCriteria:
+            max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            eos_token_ids += criterion.eos_token_id.tolist()
+        else:
+            others.append(criterion)
+    return max_length, eos_token_ids, others

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..cache import ONE_NAME, RecurrentCache
 from ..layers.fused_step import MOST_DRAFTED
@@ -348,16 +348,9 @@ def plan_speculation(model: Any, input_ids: Tensor, cache: Any, options: dict[st
         return None
     if len(options.get("logits_processor") or ()):
         return None
-    max_length, eos_token_ids = None, []
-    for criterion in options.get("stopping_criteria") or ():
-        if type(criterion) is MaxLengthCriteria:
-            max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
-        elif type(criterion) is EosTokenCriteria:
-            eos_token_ids += criterion.eos_token_id.tolist()
-        else:
-            return None
+    max_length, eos_token_ids, host_criteria = graph_loop.stops(options.get("stopping_criteria") or ())
     source = _source_of_drafts(model, config, options, arguments)
-    if max_length is None or source is None:
+    if max_length is None or host_criteria or source is None:
         return None
     return Speculation(
         model=model,
