@@ -217,6 +217,44 @@ def test_the_model_as_its_own_assistant(device: torch.device) -> None:
     assert next(iter(steps_of(model).values())).tokens == 7
 
 
+@pytest.mark.parametrize(
+    ("own", "given", "drafted"),
+    [(None, None, 15), (None, 6, 6), (3, 6, 3), (3, None, 3), (40, None, 15), (None, 40, 15)],
+)
+def test_how_many_tokens_are_drafted(device: torch.device, own: int | None, given: int | None, drafted: int) -> None:
+    """The assistant's own number, which is all that transformers' loop looks at, else that of the call; no more than 15."""
+    model, assistant = make_pair("mamba", device)
+    assistant.generation_config.num_assistant_tokens = own
+    assisted(
+        model, assistant, random_ids(1, 9).to(device), **({} if given is None else {"num_assistant_tokens": given})
+    )
+    assert next(iter(steps_of(model).values())).tokens == drafted + 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_assistant_tokens_schedule": "constant"},
+        {"num_assistant_tokens_schedule": "heuristic"},
+        {"num_assistant_tokens_schedule": "heuristic_transient"},
+        {"assistant_confidence_threshold": 0.9},
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_what_changes_the_length_of_drafts_is_for_the_stock_loop(
+    device: torch.device, options: dict[str, Any]
+) -> None:
+    """Graphs draft as many tokens every time; the assistant's own options are not written to either."""
+    model, assistant = make_pair("mamba", device, "near", tokens=4)
+    assistant.generation_config.update(**options)
+    ids = random_ids(1, 9)
+    expected = greedy_loop(make_talker("mamba"), ids[0], STEPS)[0]
+    for _ in range(2):
+        assert torch.equal(assisted(model, assistant, ids.to(device))[0, 9:].cpu(), expected)
+    assert [step.tokens for step in steps_of(model).values()] == [5]
+    assert assistant.generation_config.num_assistant_tokens == 4
+
+
 def test_streamer(device: torch.device) -> None:
     model, assistant = make_pair("mamba", device)
     streamer = Collect()

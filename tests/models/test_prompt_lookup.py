@@ -174,6 +174,14 @@ def test_the_draft_is_what_followed_the_same_tokens(device: torch.device) -> Non
     assert draft(3, 4, 3, 4) == [4, 3, 4, 3]
 
 
+@pytest.mark.parametrize(("tokens", "drafted"), [(1, 1), (3, 3), (15, 15), (40, 15)])
+def test_how_many_tokens_are_drafted(device: torch.device, tokens: int, drafted: int) -> None:
+    model = make_talker("mamba").to(device)
+    looking_up(model, repetitive(0).to(device), tokens)
+    (step,) = speculative._steps[graphs.graphs_of(model)].values()
+    assert step.tokens == drafted + 1
+
+
 def test_streamer(device: torch.device) -> None:
     model = make_talker("mamba").to(device)
     streamer = Collect()
