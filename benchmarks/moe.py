@@ -67,6 +67,7 @@ def moe(
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU where there is one when left out.")] = "auto",
     seconds: Annotated[float, typer.Option(help="Time for each cell.")] = 1.0,
     output: Annotated[Path | None, typer.Option(help="The JSON file; default: in benchmarks/results.")] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit to write down where there is no .git.")] = None,
 ) -> None:
     """Time a layer of routed experts and a MoE-Mamba: tokens/s, and what part of the floor is reached."""
     console = table_console()
@@ -83,7 +84,9 @@ def moe(
         raise typer.BadParameter(str(error)) from None
     number_type = getattr(torch, name)
     record = Record(
-        "moe" if place.type == "cuda" else "cpu-moe", settings={"top_k": top_k, "d": hidden_size, "F": expert_size}
+        "moe" if place.type == "cuda" else "cpu-moe",
+        settings={"top_k": top_k, "d": hidden_size, "F": expert_size},
+        commit=commit,
     )
     for count in counts:
         shape = MoeShape(hidden_size, expert_size, count, top_k)

@@ -24,9 +24,12 @@ def run(*arguments: str):
 def test_moe_writes_a_record(tmp_path: Path, top_k: int) -> None:
     file = tmp_path / "record.json"
     blocks = "1" if top_k == 1 else "0"
-    result = run("--experts", "2,4", "--top-k", str(top_k), "--blocks", blocks, "--output", str(file))
+    result = run(
+        "--experts", "2,4", "--top-k", str(top_k), "--blocks", blocks, "--output", str(file), "--commit", "abc"
+    )
     assert result.exit_code == 0, result.output
     record = json.loads(file.read_text())
+    assert record["machine"]["commit"] == "abc"
     layers = [row for row in record["rows"] if row["subject"] == "layer"]
     names = {f"{owner} {backend}" for owner in ("hf_mamba", "transformers Mixtral") for backend in moe.BACKENDS[:1]}
     names |= {"hf_mamba grouped_mm", "hf_mamba fused", "transformers Mixtral batched_mm", moe.DENSE, moe.FLOOR}

@@ -43,7 +43,7 @@ def graphs(request, monkeypatch) -> None:
     """On a CPU, the stand-in; heads ask for a GPU before they ask for a graph."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(training_graph, "capture", Again)
-        monkeypatch.setattr("hf_mamba.models.heads.graphs_run_on", lambda device: True)
+        monkeypatch.setattr("hf_mamba.models.heads.runs_graphs", lambda device: True)
 
 
 def graphs_of(model) -> list:

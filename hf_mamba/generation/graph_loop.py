@@ -1,40 +1,33 @@
 """Greedy decoding and sampling as replayed CUDA graphs, with the results of transformers' own loop.
 
-The prompt is one replay, if one like it was read before. A step is two: the model, and the choice of the next tokens. The host launches them ahead of the GPU and learns a few
-steps later which tokens came out, so that neither waits for the other. Where a step too many would show (states that are
-handed back, criteria that the host decides) it waits for each step.
+The prompt is one replay, if one like it was read before. A step is two: the model, and the choice of the next tokens. The host
+launches them ahead of the GPU and learns a few steps later which tokens came out, so that neither waits for the other. Where a
+step too many would show (states that are handed back, criteria that the host decides) it waits for each step.
 
 Symbols: B batch, L length of the prompt, V vocabulary.
 """
 
-import os
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
-from transformers.utils import logging
 
 from ..cache import ONE_NAME, RecurrentCache
 from ..cache_names import CACHE_NAMES
 from . import graphs
 from .prompt import Prompt
-from .prompt_graphs import MAX_TOKENS, PromptShape, RowPrompt, bucket, read_launched
+from .prompt_graphs import PromptShape, RowPrompt, read_launched, rows_to_read
 from .sampling import TokenSampler, processor_key
 
-__all__ = ["GraphLoop", "attempt", "plan", "runs_graphs", "takes_layouts"]
-
-logger = logging.get_logger(__name__)
+__all__ = ["GraphLoop", "plan", "stops"]
 
 # steps that may be in flight before the host looks at the results of the oldest
 RUN_AHEAD = 8
 # fewer new tokens than this do not pay for a graph that has to be captured first
 WORTH_CAPTURING = 4
-# what is refused when no prompt of a model can be captured
-PROMPTS = "prompts"
 # the buffer of ids grows in powers of two from here, so that few lengths need a graph of their own
 SMALLEST_CAPACITY = 256
 
@@ -72,26 +65,16 @@ class GraphLoop:
             What follows a graph, which leaves `cache` alone, or None; and, if there was no graph, the output of the model,
             with the states in `cache`. (None, None) if nothing was read.
         """
-        batch, columns = prompt.input_ids.shape
-        if prompt.inputs_embeds is not None or prompt.position_ids is not None or cache.pending_length:
-            return None, None
-        if not takes_layouts(self.model):
-            return None, None
-        if batch * bucket(columns) > MAX_TOKENS or cache.batch_size not in (-1, batch):
-            return None, None
-        chunk = self.generation_config.prefill_chunk_size
-        if chunk is not None and chunk < columns:
-            return None, None
-        rows = RowPrompt.of(prompt)
+        rows = rows_to_read(self.model, prompt, cache, self.generation_config.prefill_chunk_size)
         if rows is None:
             return None, None
-        seen = cache.get_seq_length() + columns
+        seen = cache.get_seq_length() + prompt.length
         shape = rows.shape(fresh=cache.batch_size == -1)
         with torch.inference_mode(False), torch.no_grad(), graphs.CAPTURING:
             ready = self._at_once(rows, shape, cache, seen)
             if ready is None:
                 store = graphs.graphs_of(self.model)
-                if store is None or PROMPTS in store.refused:
+                if store is None or graphs.PROMPTS in store.refused:
                     return None, None
                 ready = self._by_graph(store, rows, shape, cache, seen)
         if ready is not None:
@@ -135,7 +118,7 @@ class GraphLoop:
         if ready is None:
             return None
         try:
-            graph = attempt(store, PROMPTS, lambda: step.prompt(shape), "the prompt", again=False)
+            graph = graphs.attempt(store, graphs.PROMPTS, lambda: step.prompt(shape), "the prompt", again=False)
             if graph is None:
                 step.lock.release()
                 return None
@@ -164,7 +147,9 @@ class GraphLoop:
             store = graphs.graphs_of(self.model)
             if store is None or (not store.has_step(cache) and new_tokens < WORTH_CAPTURING):
                 return None
-            step = attempt(store, graphs.step_key(cache), lambda: store.step(self.model, cache), "a decoding step")
+            step = graphs.attempt(
+                store, graphs.step_key(cache), lambda: store.step(self.model, cache), "a decoding step"
+            )
             ready = None if step is None else self._lock(store, step, prompt_length=cache.get_seq_length())
             if ready is not None:
                 try:
@@ -223,7 +208,7 @@ class GraphLoop:
             return None
         key = self._sampler_key()
         try:
-            found = attempt(
+            found = graphs.attempt(
                 store, key, lambda: step.sampler(key, lambda: self._make_sampler(step, key[0])), "a decoding step"
             )
         except BaseException:
@@ -250,33 +235,6 @@ class GraphLoop:
             eos_token_ids=self.eos_token_ids,
             pad_token_id=0 if pad is None else int(pad),
         )
-
-
-def attempt(store: graphs.Graphs, key: Any, make: Callable[[], Any], name: str, again: bool = True) -> Any:
-    """`make()`, or None if it cannot be captured; what cannot be is remembered.
-
-    Args:
-        store: the graphs of the model.
-        key: what is refused then.
-        name: what it is.
-        again: whether to try again after there was no memory, which may be free the next time.
-    """
-    if key in store.refused:
-        return None
-    try:
-        return make()
-    except torch.cuda.OutOfMemoryError:
-        logger.warning_once(
-            f"hf_mamba: not enough GPU memory to capture a CUDA graph of {name}, so generate() takes a slower "
-            "way. A smaller batch, or HF_MAMBA_CUDA_GRAPH=0 to stop trying, helps."
-        )
-        if not again:
-            store.refused.add(key)
-    except (RuntimeError, TypeError, ValueError) as error:
-        # what is wrong with the call itself, the other way says
-        logger.info(f"hf_mamba: no CUDA graph of {name}: {error}")
-        store.refused.add(key)
-    return None
 
 
 @dataclass
@@ -397,9 +355,7 @@ def plan(
     cache: Any,
 ) -> GraphLoop | None:
     """How to decode by graphs, or None where transformers' own loop has to do it."""
-    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
-        return None
-    if not runs_graphs(model.device) or synced_gpus or generation_config.is_assistant:
+    if not graphs.allows_graphs(model, generation_config) or synced_gpus or generation_config.is_assistant:
         return None
     if generation_config.output_attentions or generation_config.output_hidden_states:
         return None
@@ -407,19 +363,10 @@ def plan(
         return None
     if any(name not in USED_UP and value is not None for name, value in model_kwargs.items()):
         return None
-    if torch.is_autocast_enabled(model.device.type):
-        return None
     keys = [processor_key(processor) for processor in logits_processor]
     if any(key is None for key in keys):
         return None
-    max_length, eos_token_ids, host_criteria = None, [], []
-    for criterion in stopping_criteria:
-        if type(criterion) is MaxLengthCriteria:
-            max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
-        elif type(criterion) is EosTokenCriteria:
-            eos_token_ids += criterion.eos_token_id.tolist()
-        else:
-            host_criteria.append(criterion)
+    max_length, eos_token_ids, host_criteria = stops(stopping_criteria)
     if max_length is None:
         return None
     pad = generation_config._pad_token_tensor
@@ -440,11 +387,14 @@ def plan(
     )
 
 
-def takes_layouts(model: Any) -> bool:
-    """Whether the forwards of model and backbone are those of this package; others may need masks as generate() makes them."""
-    return all(type(part).forward.__module__.startswith("hf_mamba.") for part in (model, model.base_model))
-
-
-def runs_graphs(device: torch.device) -> bool:
-    """Whether CUDA graphs can be captured on `device`."""
-    return device.type == "cuda"
+def stops(stopping_criteria: Any) -> tuple[int | None, list[int], list[Any]]:
+    """The length at which to stop, if there is one, the end tokens, and the criteria that say nothing but yes or no."""
+    max_length, eos_token_ids, others = None, [], []
+    for criterion in stopping_criteria:
+        if type(criterion) is MaxLengthCriteria:
+            max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            eos_token_ids += criterion.eos_token_id.tolist()
+        else:
+            others.append(criterion)
+    return max_length, eos_token_ids, others

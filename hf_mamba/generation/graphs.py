@@ -1,4 +1,4 @@
-"""CUDA graphs of one decoding step, and when they may be replayed.
+"""CUDA graphs: capturing and keeping them, and when they may be replayed.
 
 A graph replays the kernels that were launched while it was captured, on the same addresses. So it is right as long as every
 tensor of the model is where it was and nothing else that steers the Python code has changed. A fingerprint collects both;
@@ -8,15 +8,17 @@ Symbols: B batch, V vocabulary.
 """
 
 import contextlib
+import os
 import threading
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from mamba_kernels.early import early_launches
 
@@ -24,8 +26,23 @@ from ..cache import RecurrentCache
 from .fingerprint import Watch, fingerprint
 from .prompt_graphs import PromptGraph, PromptShape
 
-__all__ = ["DecodeStep", "Graphs", "capture", "graphs_of", "last_graphs_of"]
+__all__ = [
+    "PROMPTS",
+    "DecodeStep",
+    "Graphs",
+    "allows_graphs",
+    "attempt",
+    "capture",
+    "graphs_of",
+    "kept",
+    "last_graphs_of",
+    "runs_graphs",
+]
 
+logger = logging.get_logger(__name__)
+
+# what is refused when no prompt of a model can be captured
+PROMPTS = "prompts"
 # model steps (one for each batch size) that are kept for a model; samplers (one for each set of options) and prompts (one for
 # each length) for a step
 MAX_STEPS, MAX_SAMPLERS, MAX_PROMPTS = 4, 8, 24
@@ -38,15 +55,27 @@ WARM_UPS = 2
 
 
 class CudaGraph:
-    """`function`, which has no arguments and no result, as a graph."""
+    """`function`, which has no arguments and no result, as a graph.
+
+    Where that fails, the current stream is as before.
+    """
 
     def __init__(self, function: Callable[[], None], device: torch.device):
         self.graph = torch.cuda.CUDAGraph()
         self.pool = memory_pool(device)
         # other threads may go on using the device
         captured = torch.cuda.graph(self.graph, pool=self.pool.handle, capture_error_mode="thread_local")
-        with torch.cuda.device(device), captured:
-            function()
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            try:
+                with captured:
+                    function()
+            except BaseException:
+                # that of a capture which could not be ended stays the current one
+                if torch.cuda.current_stream() != stream:
+                    torch.cuda.set_stream(stream)
+                    _clear_up_after_capture(device)
+                raise
 
     def replay(self) -> None:
         self.graph.replay()
@@ -90,6 +119,24 @@ def memory_pool(device: torch.device) -> MemoryPool:
     return pool
 
 
+def _clear_up_after_capture(device: torch.device) -> None:
+    """After a capture that could not be ended: whatever is captured next is none the worse, and the graphs that there are stay.
+
+    Before 2.12, torch does not clear up itself.
+    """
+    pool = _pools.pop(device, None)
+    if pool is not None:
+        # memory is still being taken from the pool, which is an error when any is given back. There is no such way to end that
+        # of pinned memory, so nothing more is captured into this pool; the graphs that are in it keep it
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool.handle)
+    # the generator waits for the end, and until then every random number is an error; the end of another capture is as good. In
+    # place of it, a generator for what is captured next would leave the graphs that draw from this one without a seed
+    place = torch.zeros(1, device=device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        place.zero_()
+
+
 @contextlib.contextmanager
 def _no_synchronisation() -> Iterator[None]:
     """Raise RuntimeError where torch would wait for the device."""
@@ -107,7 +154,8 @@ def _no_synchronisation() -> Iterator[None]:
 def capture(function: Callable[[], None], device: torch.device, warm_ups: int = WARM_UPS) -> Any:
     """Capture `function`; it runs a few times on the way, and the random state is as before.
 
-    Launches that start early are tried first. What else is launched decides whether a graph takes them.
+    Launches that start early are tried first. What else is launched decides whether a graph takes them; one that does not is
+    captured without, and no other graph takes notice.
 
     Raises:
         torch.cuda.OutOfMemoryError: no memory for the graph.
@@ -126,30 +174,26 @@ def capture(function: Callable[[], None], device: torch.device, warm_ups: int = 
 
 def _capture(function: Callable[[], None], device: torch.device, warm_ups: int) -> Any:
     state = torch.cuda.get_rng_state(device)
-    begun = False
     try:
         warm_up(function, device, warm_ups)
-        begun = True
         return CudaGraph(function, device)
-    except BaseException:
-        if begun:
-            _forget_broken_capture(device)
-        raise
     finally:
         torch.cuda.synchronize(device)
         torch.cuda.set_rng_state(state, device)
 
 
-def _forget_broken_capture(device: torch.device) -> None:
-    # a capture that breaks off leaves the generator waiting for its end, and every later random number an error
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator = torch.cuda.default_generators[index]
-    generator.graphsafe_set_state(generator.clone_state())
-    # graphs that draw from the one before would no longer follow the seed
-    for found in list(_graphs.values()):
-        found.steps.clear()
-    # its memory pool still waits for the end as well
-    _pools.pop(device, None)
+Kept = TypeVar("Kept")
+
+
+def kept(known: "OrderedDict[Any, Kept]", key: Hashable, make: Callable[[], Kept], most: int) -> Kept:
+    """`known[key]`, made the first time; no more than `most` stay, those that were asked for last."""
+    found = known.pop(key, None)
+    if found is None:
+        found = make()
+        while len(known) >= most:
+            known.popitem(last=False)
+    known[key] = found
+    return found
 
 
 class DecodeStep:
@@ -192,24 +236,21 @@ class DecodeStep:
 
     def sampler(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, Any]:
         """The sampler for a set of options and its graph; captured the first time."""
-        found = self.samplers.pop(key, None)
-        if found is None:
+
+        def captured() -> tuple[Any, Any]:
             sampler = make()
-            found = sampler, capture(sampler, self.ids.device)
-            while len(self.samplers) >= MAX_SAMPLERS:
-                self.samplers.popitem(last=False)
-        self.samplers[key] = found
-        return found
+            return sampler, capture(sampler, self.ids.device)
+
+        return kept(self.samplers, key, captured, MAX_SAMPLERS)
 
     def prompt(self, shape: PromptShape) -> PromptGraph:
         """The graph that reads prompts of a shape into the states of this step; captured the first time."""
-        found = self.prompts.pop(shape, None)
-        if found is None:
-            found = PromptGraph(self.model(), self.cache, self.logits, shape, capture)
-            while len(self.prompts) >= MAX_PROMPTS:
-                self.prompts.popitem(last=False)
-        self.prompts[shape] = found
-        return found
+        return kept(
+            self.prompts,
+            shape,
+            lambda: PromptGraph(self.model(), self.cache, self.logits, shape, capture),
+            MAX_PROMPTS,
+        )
 
 
 class Graphs:
@@ -297,3 +338,42 @@ def graphs_of(model: nn.Module) -> Graphs | None:
         found = _graphs[model] = Graphs(mark)
     found.watch = Watch(model)
     return found
+
+
+def attempt(store: Graphs, key: Any, make: Callable[[], Any], name: str, again: bool = True) -> Any:
+    """`make()`, or None if it cannot be captured; what cannot be is remembered.
+
+    Args:
+        store: the graphs of the model.
+        key: what is refused then.
+        name: what it is.
+        again: whether to try again after there was no memory, which may be free the next time.
+    """
+    if key in store.refused:
+        return None
+    try:
+        return make()
+    except torch.cuda.OutOfMemoryError:
+        logger.warning_once(
+            f"hf_mamba: not enough GPU memory to capture a CUDA graph of {name}, so generate() takes a slower "
+            "way. A smaller batch, or HF_MAMBA_CUDA_GRAPH=0 to stop trying, helps."
+        )
+        if not again:
+            store.refused.add(key)
+    except (RuntimeError, TypeError, ValueError) as error:
+        # what is wrong with the call itself, the other way says
+        logger.info(f"hf_mamba: no CUDA graph of {name}: {error}")
+        store.refused.add(key)
+    return None
+
+
+def allows_graphs(model: Any, generation_config: Any) -> bool:
+    """Whether a call may run graphs at all: nobody has switched them off, and nothing outside of the model steers it."""
+    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
+        return False
+    return runs_graphs(model.device) and not torch.is_autocast_enabled(model.device.type)
+
+
+def runs_graphs(device: torch.device) -> bool:
+    """Whether CUDA graphs can be captured on `device`."""
+    return device.type == "cuda"

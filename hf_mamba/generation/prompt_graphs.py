@@ -26,7 +26,16 @@ from ..cache import RecurrentCache
 from ..sequences import SequenceLayout
 from .prompt import Prompt
 
-__all__ = ["MAX_TOKENS", "PromptGraph", "PromptShape", "RowPrompt", "bucket", "read_launched"]
+__all__ = [
+    "MAX_TOKENS",
+    "PromptGraph",
+    "PromptShape",
+    "RowPrompt",
+    "bucket",
+    "read_launched",
+    "rows_to_read",
+    "takes_layouts",
+]
 
 # tokens of a batch, padding included; beyond them a GPU is kept busy by single launches, and what is computed on the way would
 # take more memory (0.4 GB for 2.8 B parameters in half precision, once for all graphs of a device)
@@ -105,6 +114,31 @@ class RowPrompt:
             lengths.fill_(self.longest)
         else:
             lengths.copy_(self.lengths)
+
+
+def takes_layouts(model: Any) -> bool:
+    """Whether the forwards of model and backbone are those of this package; others may need masks as generate() makes them."""
+    return all(type(part).forward.__module__.startswith("hf_mamba.") for part in (model, model.base_model))
+
+
+def rows_to_read(model: Any, prompt: Prompt, cache: RecurrentCache, chunk: int | None) -> RowPrompt | None:
+    """The rows of a prompt, if it can be read padded to one of a few lengths; else the model has to read it as it is.
+
+    Args:
+        model: the language model.
+        prompt: what `cache` has not seen; anywhere padded.
+        cache: states to go on from, or none yet.
+        chunk: `prefill_chunk_size` of the call.
+    """
+    batch, columns = prompt.input_ids.shape
+    if prompt.inputs_embeds is not None or prompt.position_ids is not None:
+        return None
+    if cache.recording or cache.pending_length or cache.batch_size not in (-1, batch):
+        return None
+    if batch * bucket(columns) > MAX_TOKENS or (chunk is not None and chunk < columns):
+        return None
+    # looks at the mask's values, so it comes last
+    return RowPrompt.of(prompt) if takes_layouts(model) else None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ the second time on. The graph reads into states of its own, from which they are 
 Symbols: B batch, V vocabulary.
 """
 
-import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 
 from ..cache import RecurrentCache
-from . import graph_loop, graphs
+from . import graphs
 from .prompt import Prompt
-from .prompt_graphs import MAX_TOKENS, PromptGraph, PromptShape, RowPrompt, bucket, read_launched
+from .prompt_graphs import PromptGraph, PromptShape, read_launched, rows_to_read
 
 __all__ = ["read_by_graph"]
 
@@ -44,13 +43,12 @@ class Reader:
 
     def prompt(self, shape: PromptShape) -> PromptGraph:
         """The graph for prompts of a shape; captured the first time."""
-        found = self.prompts.pop(shape, None)
-        if found is None:
-            found = PromptGraph(self.model(), self.cache, self.logits, shape, graphs.capture)
-            while len(self.prompts) >= MAX_PROMPTS:
-                self.prompts.popitem(last=False)
-        self.prompts[shape] = found
-        return found
+        return graphs.kept(
+            self.prompts,
+            shape,
+            lambda: PromptGraph(self.model(), self.cache, self.logits, shape, graphs.capture),
+            MAX_PROMPTS,
+        )
 
 
 # they are dropped together with the other graphs of a model, when something in it changes
@@ -69,32 +67,23 @@ def read_by_graph(model: Any, prompt: Prompt, cache: RecurrentCache, generation_
     Returns:
         Whether the prompt was read; if not, nothing has changed.
     """
-    batch, columns = prompt.input_ids.shape
-    chunk = generation_config.prefill_chunk_size
-    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or generation_config.disable_compile:
+    if not graphs.allows_graphs(model, generation_config):
         return False
-    if not graph_loop.runs_graphs(model.device) or torch.is_autocast_enabled(model.device.type):
-        return False
-    if prompt.inputs_embeds is not None or prompt.position_ids is not None or cache.recording or cache.pending_length:
-        return False
-    if not graph_loop.takes_layouts(model) or cache.batch_size not in (-1, batch):
-        return False
-    if batch * bucket(columns) > MAX_TOKENS or (chunk is not None and chunk < columns):
-        return False
-    rows = RowPrompt.of(prompt)
+    rows = rows_to_read(model, prompt, cache, generation_config.prefill_chunk_size)
     if rows is None:
         return False
-    shape, seen = rows.shape(fresh=cache.batch_size == -1), cache.get_seq_length() + columns
+    batch, shape = prompt.input_ids.shape[0], rows.shape(fresh=cache.batch_size == -1)
+    seen = cache.get_seq_length() + prompt.length
     with torch.inference_mode(False), torch.no_grad():
         with graphs.CAPTURING:
             store = graphs.graphs_of(model)
-            if store is None or graph_loop.PROMPTS in store.refused:
+            if store is None or graphs.PROMPTS in store.refused:
                 return False
             graph = None
             if store.seen_before(("reader", batch, cache.ssm_dtype, shape)):
-                graph = graph_loop.attempt(
+                graph = graphs.attempt(
                     store,
-                    graph_loop.PROMPTS,
+                    graphs.PROMPTS,
                     lambda: _graph(store, model, cache, batch, shape),
                     "the prompt",
                     again=False,
@@ -116,10 +105,4 @@ def _graph(store: graphs.Graphs, model: Any, cache: RecurrentCache, batch: int, 
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     readers = _readers.setdefault(store, OrderedDict())
     key = batch, cache.ssm_dtype, stream
-    reader = readers.pop(key, None)
-    if reader is None:
-        reader = Reader(model, cache, batch)
-        while len(readers) >= MAX_READERS:
-            readers.popitem(last=False)
-    readers[key] = reader
-    return reader.prompt(shape)
+    return graphs.kept(readers, key, lambda: Reader(model, cache, batch), MAX_READERS).prompt(shape)

@@ -53,10 +53,6 @@ def processor_key(processor: Any) -> tuple | None:
     return kind, tuple(values)
 
 
-def reads_ids(processor: Any) -> bool:
-    return type(processor) in READS_IDS
-
-
 class TokenSampler:
     """Processes scores, chooses the next tokens, and keeps ids, lengths and finished rows in tensors of fixed addresses.
 

@@ -13,7 +13,6 @@ Symbols: T tokens of a step (a draft of T - 1), S places for the text, V vocabul
 
 import inspect
 import math
-import os
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -23,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..cache import ONE_NAME, RecurrentCache
 from ..layers.fused_step import MOST_DRAFTED
 from . import graph_loop, graphs
 from .drafting import Assistant, Lookup, Text
+from .prompt_graphs import takes_layouts
 
 __all__ = ["Speculation", "plan_speculation"]
 
@@ -203,7 +203,7 @@ class Speculation:
                 return None, None
             prompt = self.source.read(input_ids)
             steps = _steps.setdefault(store, OrderedDict())
-            step = graph_loop.attempt(store, key, lambda: self._step(steps, key, cache, prompt), self.source.name)
+            step = graphs.attempt(store, key, lambda: self._step(steps, key, cache, prompt), self.source.name)
             # a locked step is decoding for another thread
             return (step if step is not None and step.lock.acquire(blocking=False) else None), prompt
 
@@ -332,9 +332,7 @@ def plan_speculation(model: Any, input_ids: Tensor, cache: Any, options: dict[st
     config = options["generation_config"]
     if config.do_sample or any(getattr(config, name, None) for name in OTHER_DRAFTS):
         return None
-    if os.environ.get("HF_MAMBA_CUDA_GRAPH", "1") == "0" or config.disable_compile:
-        return None
-    if not graph_loop.runs_graphs(model.device) or options.get("synced_gpus") or config.is_assistant:
+    if not graphs.allows_graphs(model, config) or options.get("synced_gpus") or config.is_assistant:
         return None
     if config.output_attentions or config.output_hidden_states:
         return None
@@ -348,18 +346,11 @@ def plan_speculation(model: Any, input_ids: Tensor, cache: Any, options: dict[st
     arguments = {name: value for name, value in options.items() if name not in names}
     if any(name not in graph_loop.USED_UP and value is not None for name, value in arguments.items()):
         return None
-    if len(options.get("logits_processor") or ()) or torch.is_autocast_enabled(model.device.type):
+    if len(options.get("logits_processor") or ()):
         return None
-    max_length, eos_token_ids = None, []
-    for criterion in options.get("stopping_criteria") or ():
-        if type(criterion) is MaxLengthCriteria:
-            max_length = criterion.max_length if max_length is None else min(max_length, criterion.max_length)
-        elif type(criterion) is EosTokenCriteria:
-            eos_token_ids += criterion.eos_token_id.tolist()
-        else:
-            return None
+    max_length, eos_token_ids, host_criteria = graph_loop.stops(options.get("stopping_criteria") or ())
     source = _source_of_drafts(model, config, options, arguments)
-    if max_length is None or source is None:
+    if max_length is None or host_criteria or source is None:
         return None
     return Speculation(
         model=model,
@@ -380,7 +371,7 @@ def _source_of_drafts(
         return None
     if assistant is None:
         return None if looked_up < 1 else Lookup(min(looked_up + 1, MOST_DRAFTED), config.max_matching_ngram_size or 2)
-    if not isinstance(assistant, GenerationMixin) or not graph_loop.takes_layouts(assistant):
+    if not isinstance(assistant, GenerationMixin) or not takes_layouts(assistant):
         return None
     if assistant.device != model.device or assistant.config.vocab_size != model.config.vocab_size:
         return None

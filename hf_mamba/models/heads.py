@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..generation.graphs import runs_graphs
 from ..generation.mixin import RecurrentGenerationMixin
 from ..layers.loss import chunked_cross_entropy
 from ..layers.projection import project
@@ -18,7 +19,7 @@ from .outputs import RecurrentCausalLMOutput
 from .pretrained import RecurrentPreTrainedModel
 from .recurrent import RecurrentModel
 from .sharding import HEAD_FSDP_PLAN
-from .training_graph import graphed_output, graphs_run_on
+from .training_graph import graphed_output
 
 __all__ = ["RecurrentForCausalLM", "WithBackbone"]
 
@@ -181,12 +182,7 @@ class RecurrentForCausalLM(RecurrentGenerationMixin, WithBackbone):
         """Fields of the output from a graph of the training step, or None if there is none for this batch."""
         if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or others:
             return None
-        if (
-            input_ids is None
-            or labels is None
-            or not graphs_run_on(input_ids.device)
-            or input_ids.shape != labels.shape
-        ):
+        if input_ids is None or labels is None or not runs_graphs(input_ids.device) or input_ids.shape != labels.shape:
             return None
         if input_ids.dim() != 2 or labels.device != input_ids.device or self.loss_function is not ForCausalLMLoss:
             return None

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..generation.fingerprint import Watch
 from ..generation.graphs import CAPTURING, capture
 
-__all__ = ["graphed_output", "graphs_run_on"]
+__all__ = ["graphed_output"]
 
 logger = logging.get_logger(__name__)
 
@@ -34,11 +34,6 @@ MAX_ATTEMPTS = 2
 WARM_UPS = 3
 
 _graphs: "weakref.WeakKeyDictionary[nn.Module, _ModelGraphs]" = weakref.WeakKeyDictionary()
-
-
-def graphs_run_on(device: torch.device) -> bool:
-    """Whether a device has graphs."""
-    return device.type == "cuda"
 
 
 def graphed_output(
@@ -151,14 +146,7 @@ class _TrainingGraph:
         self.loss: Any = None
         self.gradients: tuple[Tensor | None, ...] = ()
         self.others: dict[str, Tensor] = {}
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        try:
-            self.graph = capture(self._run, device, WARM_UPS)
-        except BaseException:
-            # a capture that breaks off leaves its own stream as the current one
-            if stream is not None:
-                torch.cuda.set_stream(stream)
-            raise
+        self.graph = capture(self._run, device, WARM_UPS)
 
     def _run(self) -> None:
         model: Any = self.model()

@@ -5,8 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
-from hf_mamba.generation import graph_loop, graphs, mixin
+from hf_mamba import RecurrentCache
+from hf_mamba.generation import graphs, mixin, speculative
+
+from .builders import random_ids
+from .oracles import TOLERANCE
 
 
 class Called:
@@ -54,7 +59,7 @@ def graph_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         return torch.device("cuda", 0)
     monkeypatch.setattr(graphs, "capture", Called)
     monkeypatch.setattr(graphs, "device_memory", lambda device: 2**34)
-    monkeypatch.setattr(graph_loop, "runs_graphs", lambda device: True)
+    monkeypatch.setattr(graphs, "runs_graphs", lambda device: True)
     return torch.device("cpu")
 
 
@@ -72,3 +77,48 @@ def stock(model: Any, *args: Any, **options: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_MAMBA_CUDA_GRAPH", "0")
         return generate(model, *args, replayed=False, **options)
+
+
+class Collect(BaseStreamer):
+    """Keeps the tokens that are put into it, and whether they have ended."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def pause_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have plain steps between any two times that drafts are judged, but only three."""
+    monkeypatch.setattr(speculative, "SHORTEST_PAUSE", 3)
+    monkeypatch.setattr(speculative, "LONGEST_PAUSE", 3)
+    monkeypatch.setattr(speculative, "ENOUGH", 100)
+
+
+def watch_drafting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every step from now on, whether it drafts."""
+    drafted: list[bool] = []
+    original = speculative._Pace.next
+
+    def watched(pace: Any, step: Any) -> bool:
+        drafted.append(original(pace, step))
+        return drafted[-1]
+
+    monkeypatch.setattr(speculative._Pace, "next", watched)
+    return drafted
+
+
+def assert_goes_on(model: Any, cache: RecurrentCache, sequence: torch.Tensor) -> None:
+    """`cache` has seen all of `sequence` (1, L) but the last token, and further tokens have the logits of a whole forward."""
+    assert cache.get_seq_length() == sequence.shape[1] - 1 and not cache.recording
+    new = torch.cat([sequence[:, -1:].cpu(), random_ids(1, 3, seed=9)], dim=1).to(model.device)
+    with torch.no_grad():
+        whole = torch.cat([sequence[:, :-1].to(model.device), new], dim=1)
+        expected = model(whole, use_cache=False).logits[:, -new.shape[1] :]
+        actual = model(new, cache=cache).logits
+    assert (actual - expected).abs().max().item() <= TOLERANCE

@@ -17,9 +17,18 @@ from hf_mamba import RecurrentCache
 from hf_mamba.generation import graphs, speculative
 
 from .builders import ALL_MODELS, random_ids
-from .on_graphs import DEVICES, Called, generate, graph_device, stock
-from .oracles import GREEDY, TOLERANCE, greedy_loop, make_talker, padded
-from .test_prompt_lookup import Collect
+from .on_graphs import (
+    DEVICES,
+    Called,
+    Collect,
+    assert_goes_on,
+    generate,
+    graph_device,
+    pause_often,
+    stock,
+    watch_drafting,
+)
+from .oracles import GREEDY, greedy_loop, make_talker, padded
 
 STEPS = 20
 
@@ -118,9 +127,7 @@ def test_between_drafts_and_plain_steps(
     device: torch.device, kind: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused drafts mean plain steps for a while, after which the assistant reads what it has not seen."""
-    monkeypatch.setattr(speculative, "SHORTEST_PAUSE", 3)
-    monkeypatch.setattr(speculative, "LONGEST_PAUSE", 3)
-    monkeypatch.setattr(speculative, "ENOUGH", 100)
+    pause_often(monkeypatch)
     counts: list[int] = []
     original = speculative._Pace.judge
     monkeypatch.setattr(
@@ -134,21 +141,11 @@ def test_between_drafts_and_plain_steps(
     assert torch.equal(result[0, 9:].cpu(), expected)
     # the assistant still is the same model, so all that it drafts is right
     assert len(counts) > 4 and set(counts) == {2}
-    with torch.no_grad():
-        logits = model(result[:, -1:], cache=cache).logits[0, -1]
-        again = model(result, use_cache=False).logits[0, -1]
-    assert (logits - again).abs().max().item() <= TOLERANCE
+    assert_goes_on(model, cache, result)
 
 
 def test_bad_drafts_are_given_up(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafted: list[bool] = []
-    original = speculative._Pace.next
-
-    def watched(pace: Any, step: Any) -> bool:
-        drafted.append(original(pace, step))
-        return drafted[-1]
-
-    monkeypatch.setattr(speculative._Pace, "next", watched)
+    drafted = watch_drafting(monkeypatch)
     model, assistant = make_pair("mamba", device, "other")
     assisted(model, assistant, random_ids(1, 9).to(device), max_new_tokens=200)
     assert drafted.count(True) < 40 and drafted.count(False) > 120
@@ -175,12 +172,7 @@ def test_states_are_handed_back(device: torch.device, kind: str, stop: str, draf
     result = assisted(model, assistant, ids.to(device), cache=cache, eos_token_id=eos, return_dict_in_generate=True)
     sequence = torch.cat([ids[0], torch.tensor(tokens[:count])])
     assert torch.equal(result.sequences[0].cpu(), sequence) and result.past_key_values is cache
-    assert cache.get_seq_length() == len(sequence) - 1 and not cache.recording
-    new = random_ids(1, 3, seed=9).to(device)
-    with torch.no_grad():
-        expected = model(torch.cat([sequence[None, :-1].to(device), new], dim=1), use_cache=False).logits[:, -3:]
-        actual = model(new, cache=cache).logits
-    assert (actual - expected).abs().max().item() <= TOLERANCE
+    assert_goes_on(model, cache, sequence[None])
 
 
 def test_turns_of_a_conversation(device: torch.device) -> None:
@@ -223,6 +215,44 @@ def test_the_model_as_its_own_assistant(device: torch.device) -> None:
     expected = greedy_loop(make_talker("mamba"), ids[0].cpu(), STEPS)[0]
     assert torch.equal(assisted(model, model, ids, num_assistant_tokens=6)[0, 9:].cpu(), expected)
     assert next(iter(steps_of(model).values())).tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "drafted"),
+    [(None, None, 15), (None, 6, 6), (3, 6, 3), (3, None, 3), (40, None, 15), (None, 40, 15)],
+)
+def test_how_many_tokens_are_drafted(device: torch.device, own: int | None, given: int | None, drafted: int) -> None:
+    """The assistant's own number, which is all that transformers' loop looks at, else that of the call; no more than 15."""
+    model, assistant = make_pair("mamba", device)
+    assistant.generation_config.num_assistant_tokens = own
+    assisted(
+        model, assistant, random_ids(1, 9).to(device), **({} if given is None else {"num_assistant_tokens": given})
+    )
+    assert next(iter(steps_of(model).values())).tokens == drafted + 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_assistant_tokens_schedule": "constant"},
+        {"num_assistant_tokens_schedule": "heuristic"},
+        {"num_assistant_tokens_schedule": "heuristic_transient"},
+        {"assistant_confidence_threshold": 0.9},
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_what_changes_the_length_of_drafts_is_for_the_stock_loop(
+    device: torch.device, options: dict[str, Any]
+) -> None:
+    """Graphs draft as many tokens every time; the assistant's own options are not written to either."""
+    model, assistant = make_pair("mamba", device, "near", tokens=4)
+    assistant.generation_config.update(**options)
+    ids = random_ids(1, 9)
+    expected = greedy_loop(make_talker("mamba"), ids[0], STEPS)[0]
+    for _ in range(2):
+        assert torch.equal(assisted(model, assistant, ids.to(device))[0, 9:].cpu(), expected)
+    assert [step.tokens for step in steps_of(model).values()] == [5]
+    assert assistant.generation_config.num_assistant_tokens == 4
 
 
 def test_streamer(device: torch.device) -> None:

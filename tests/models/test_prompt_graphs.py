@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_mamba import RecurrentCache
-from hf_mamba.generation import graph_loop, graphs
+from hf_mamba.generation import graphs
 from hf_mamba.generation.fingerprint import Watch
 from hf_mamba.generation.prompt import Prompt
 from hf_mamba.generation.prompt_graphs import MAX_TOKENS, PromptGraph, PromptShape, RowPrompt, bucket
@@ -65,7 +65,7 @@ def assert_read(model: Any, reads: Reads, *args: Any, times: int = 3, **options:
 
 def captures_prompts(model: Any) -> bool:
     """Whether prompts can be captured: experts that run one by one, as those of the MoE-Mamba of these tests may, cannot be."""
-    refused = graph_loop.PROMPTS in graphs._graphs[model].refused
+    refused = graphs.PROMPTS in graphs._graphs[model].refused
     assert not refused or (model.config.model_type == "moe_mamba" and model.device.type == "cuda")
     return not refused
 
@@ -317,7 +317,7 @@ def test_a_capture_that_fails(
         raise error("no")
 
     monkeypatch.setattr(PromptGraph, "_forward", fail)
-    monkeypatch.setattr(graph_loop.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(graphs.logger, "warning_once", warnings.append)
     for length in (5, 5, 5, 30, 30, 30):
         generate(model, random_ids(1, length).to(device), max_new_tokens=STEPS, **GREEDY)
     assert torch.equal(generate(model, ids, max_new_tokens=STEPS, **GREEDY), expected)

@@ -9,13 +9,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from hf_mamba import RecurrentCache
 from hf_mamba.generation import drafting, graphs, speculative
 
 from .builders import ALL_MODELS, random_ids
-from .on_graphs import DEVICES, Called, generate, graph_device
+from .on_graphs import (
+    DEVICES,
+    Called,
+    Collect,
+    assert_goes_on,
+    generate,
+    graph_device,
+    pause_often,
+    watch_drafting,
+)
 from .oracles import GREEDY, TOLERANCE, greedy_loop, make_talker, padded
 from .test_assisted import repetitive
 
@@ -65,9 +73,7 @@ def test_between_drafts_and_plain_steps(
     device: torch.device, kind: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused drafts mean plain steps for a while; tokens and states are the same wherever it ends."""
-    monkeypatch.setattr(speculative, "SHORTEST_PAUSE", 3)
-    monkeypatch.setattr(speculative, "LONGEST_PAUSE", 3)
-    monkeypatch.setattr(speculative, "ENOUGH", 100)
+    pause_often(monkeypatch)
     model = make_talker(kind)
     ids = repetitive(0)
     expected = greedy_loop(model, ids[0], 40)[0][:steps]
@@ -75,21 +81,11 @@ def test_between_drafts_and_plain_steps(
     cache = RecurrentCache(model.config)
     result = looking_up(model, ids.to(device), cache=cache, max_new_tokens=steps)
     assert torch.equal(result[0, ids.shape[1] :].cpu(), expected)
-    with torch.no_grad():
-        logits = model(result[:, -1:], cache=cache).logits[0, -1]
-        again = model(result, use_cache=False).logits[0, -1]
-    assert (logits - again).abs().max().item() <= TOLERANCE
+    assert_goes_on(model, cache, result)
 
 
 def test_bad_drafts_are_given_up(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafted: list[bool] = []
-    original = speculative._Pace.next
-
-    def watched(pace: Any, step: Any) -> bool:
-        drafted.append(original(pace, step))
-        return drafted[-1]
-
-    monkeypatch.setattr(speculative._Pace, "next", watched)
+    drafted = watch_drafting(monkeypatch)
     monkeypatch.setattr(drafting.LookupDrafter, "draft", lambda drafter: drafter.text.ids[0, 1:].zero_())
     model = make_talker("mamba").to(device)
     looking_up(model, random_ids(1, 9).to(device), max_new_tokens=200)
@@ -109,12 +105,7 @@ def test_states_are_handed_back(device: torch.device, kind: str, stop: str) -> N
     result = looking_up(model, ids.to(device), cache=cache, eos_token_id=eos, return_dict_in_generate=True)
     sequence = torch.cat([ids[0], torch.tensor(tokens[:count])])
     assert torch.equal(result.sequences[0].cpu(), sequence) and result.past_key_values is cache
-    assert cache.get_seq_length() == len(sequence) - 1 and not cache.recording
-    new = random_ids(1, 3, seed=9).to(device)
-    with torch.no_grad():
-        expected = model(torch.cat([sequence[None, :-1].to(device), new], dim=1), use_cache=False).logits[:, -3:]
-        actual = model(new, cache=cache).logits
-    assert (actual - expected).abs().max().item() <= TOLERANCE
+    assert_goes_on(model, cache, sequence[None])
 
 
 @ALL_MODELS
@@ -183,16 +174,12 @@ def test_the_draft_is_what_followed_the_same_tokens(device: torch.device) -> Non
     assert draft(3, 4, 3, 4) == [4, 3, 4, 3]
 
 
-class Collect(BaseStreamer):
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended = True
+@pytest.mark.parametrize(("tokens", "drafted"), [(1, 1), (3, 3), (15, 15), (40, 15)])
+def test_how_many_tokens_are_drafted(device: torch.device, tokens: int, drafted: int) -> None:
+    model = make_talker("mamba").to(device)
+    looking_up(model, repetitive(0).to(device), tokens)
+    (step,) = speculative._steps[graphs.graphs_of(model)].values()
+    assert step.tokens == drafted + 1
 
 
 def test_streamer(device: torch.device) -> None:
