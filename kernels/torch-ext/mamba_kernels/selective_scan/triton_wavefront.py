@@ -222,7 +222,9 @@ def selective_scan_wavefront_kernel(
     for p in tl.static_range(W):
         for j in tl.static_range(NS):
             m = ((warp * 0 + (p + W)) - warp) % W * NS + j
-            A_n = A_n + (tl.load(A_t + wide(m) * stride_A_n + d * stride_A_d, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
+            A_n = A_n + (
+                tl.load(A_t + wide(m) * stride_A_n + d * stride_A_d, mask=mask, other=0.0).to(tl.float32) * LOG2_E,
+            )
     for j in tl.static_range(NS):
         state = (W - warp3) % W * NS + j
         if HAS_INITIAL:
