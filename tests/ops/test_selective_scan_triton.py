@@ -47,6 +47,12 @@ TOY_CASES: dict[str, dict[str, Any]] = {
         "chunk": 16,
     },
     "fp16-words": {"dtype": torch.float16, "length": 5},
+    "wavefront": {"wavefront": (4, 2, 1), "size": 8, "length": 25, "chunk": 16, "width": 33, "initial": True},
+    "wavefront-of-two": {"wavefront": (2, 2, 2), "length": 26, "width": 70, "bare": True},
+    "wavefront-of-groups": {"wavefront": (4, 2, 1), "size": 16, "length": 24, "chunk": 8, "groups": 2, "width": 8},
+    "wavefront-of-words": {"wavefront": (2, 4, 1), "size": 8, "length": 23, "chunk": 8, "dtype": torch.float16},
+    "wavefront-shared": {"wavefront": (4, 2, 1, False), "size": 16, "length": 9, "chunk": 8, "initial": True},
+    "wavefront-of-one-state": {"wavefront": (4, 2, 1, False), "length": 17, "chunk": 8, "softplus": False},
 }
 
 
@@ -124,6 +130,7 @@ def run_toy_case(
     split: bool = True,
     registers: int = 16,
     workspace: int = 1 << 20,
+    wavefront: tuple[Any, ...] | None = None,
     softplus: bool = True,
     seq_idx: list[list[int]] | None = None,
     cu_seqlens: list[int] | None = None,
@@ -139,6 +146,16 @@ def run_toy_case(
     forward.LARGEST_TILE = tile
     forward.SHORTEST_CHUNK = forward.LONGEST_CHUNK = chunk
     forward.UNSPLIT_PROGRAMS = 1 << 30 if split else 0
+    forward.WAVEFRONT = None
+    if wavefront is not None:
+        warps, tokens, thread_channels, *memory = wavefront
+        forward.WAVEFRONT = importlib.import_module(PACKAGE + "triton_wavefront").Wavefront(
+            warps=warps,
+            tile=tokens,
+            channels=thread_channels,
+            ahead=tokens == 2,
+            through_memory=not memory,
+        )
     forward.FORWARD_REGISTER_STATES = registers
     backward.WORKSPACE_BYTES = workspace
     options: dict[str, Any] = {"dt_softplus": softplus, "without": without}

@@ -84,7 +84,7 @@ LENGTH_ARGUMENTS = [
     "stride_A_d",
 ]
 _OPERANDS = ("x", "dt", "z", "y", "B", "C", "inputs", "gates", "vector")
-UNALIGNED = ["channels", *(f"stride_{name}_{axis}" for name in _OPERANDS for axis in "bdgn")]
+UNALIGNED = ["channels", "handed", *(f"stride_{name}_{axis}" for name in _OPERANDS for axis in "bdgn")]
 
 
 def scan_kernel(fn: Callable[..., None]) -> Any:

@@ -39,6 +39,7 @@ from .triton_common import (
     tokens_of_tile,
     wide,
 )
+from .triton_wavefront import WAVEFRONT, scan_wavefront, takes_wavefront
 
 __all__ = ["plan_of", "scan_forward"]
 
@@ -288,7 +289,7 @@ def plan_of(inputs: ScanInputs) -> Plan:
     if inputs.cu_seqlens is None:
         n_chunks = ceil_div(length, chunk)
         n_slots = batch * n_chunks
-        split = n_chunks > 1 and programs < UNSPLIT_PROGRAMS
+        split = n_chunks > 1 and programs < UNSPLIT_PROGRAMS and not takes_wavefront(inputs, WAVEFRONT)
     else:
         n_chunks = n_slots = length // chunk + inputs.cu_seqlens.shape[0] - 1
         split = True
@@ -341,6 +342,9 @@ def scan_forward(
     if return_final_states:
         n_states = plan.batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
         final = x.new_empty((n_states, plan.channels, plan.size), dtype=torch.float32)
+    if not plan.split and WAVEFRONT is not None and takes_wavefront(inputs, WAVEFRONT):
+        scan_wavefront(inputs, plan, WAVEFRONT, starts, final, y)
+        return y, final, table, starts
     in_registers = plan.size <= FORWARD_REGISTER_STATES
     parts = plan.size if in_registers else state_parts(plan.size, FORWARD_PARTS)
     programs = plan.n_slots if plan.split else plan.batch

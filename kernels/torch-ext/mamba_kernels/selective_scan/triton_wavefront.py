@@ -1,0 +1,406 @@
+# mypy: disable-error-code="assignment, misc"
+"""Forward of the selective scan in one pass, with the time of a channel shared out among warps.
+
+A program walks through a sequence in tiles of W groups of K tokens, one group a warp. The states of a channel do not depend on
+each other, so that the groups work at the same time on different ones: a tile takes W phases, and in phase p warp w works on the
+NS = N / W states of block (p - w) mod W. It hands the NS states that it arrives at to warp w + 1, which needs them in the next
+phase; the last warp hands its to the first, which is at the next tile then. So warp w begins a tile in phase w, and every
+exponential is computed once::
+
+    phase           0      1      2      3    |  4      5      6      7
+    warp 0   tile 0: b0     b1     b2     b3  |  tile 1: b0 ...
+    warp 1           -      tile 0: b0     b1 |  b2     b3     tile 1: b0 ...
+
+Symbols as in `triton_common`, and: W warps, NS states of a phase, CH channels of a thread, LANES threads of a warp. A tile is
+(W, K, CH, LANES): with the layout that Triton gives such a tensor every thread holds the K tokens of its channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch
+from .triton_common import (
+    LOG2_E,
+    Plan,
+    ScanInputs,
+    ceil_div,
+    combine,
+    load_words,
+    scalars_of,
+    scan_kernel,
+    silu_parts,
+    softplus,
+    strides_or_zeros,
+    wide,
+)
+
+__all__ = ["WAVEFRONT", "Wavefront", "scan_wavefront", "selective_scan_wavefront_kernel", "takes_wavefront"]
+
+LANES = 32
+
+
+class Wavefront(NamedTuple):
+    """How a whole sequence is walked through."""
+
+    warps: int = 4  # W, of a program
+    tile: int = 4  # K, tokens of a warp
+    channels: int = 1  # CH, of a thread
+    registers: int = 0  # most of a thread, 0 for no limit; only NVIDIA's compiler takes one
+    # whether B and C of a phase are on their way while the phase before is computed
+    ahead: bool = True
+    # whether states are handed on through global memory, or through shared memory, which takes more instructions and barriers
+    through_memory: bool = True
+
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        options = {"num_warps": self.warps, "num_stages": 1}
+        if self.registers and torch.version.cuda is not None:
+            options["maxnreg"] = self.registers
+        return options
+
+
+# not measured yet
+WAVEFRONT: Wavefront | None = Wavefront()
+
+
+@triton.jit
+def _load_group(columns, first, k, stride, real):
+    return tl.load((columns + wide(first) * stride) + k.to(tl.int64) * stride, mask=real, other=0.0)
+
+
+@triton.jit
+def _last_of(tile, k, K: tl.constexpr):
+    bits = tl.where(k == K - 1, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rolled(value, before):
+    return tl.gather(value, tl.broadcast_to(before, value.shape), 0)
+
+
+@triton.jit
+def _rolled_4(first, second, third, fourth, before):
+    """Four at a time, which go through shared memory together."""
+    W: tl.constexpr = first.shape[0]
+    CH: tl.constexpr = first.shape[1]
+    LANES: tl.constexpr = first.shape[2]
+    together = tl.join(tl.join(first, third), tl.join(second, fourth))
+    together = _rolled(tl.reshape(together, (W, CH, 4 * LANES)), before)
+    even, odd = tl.split(tl.reshape(together, (W, CH, LANES, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _handed_on(states, before, NS: tl.constexpr):
+    """What the warp before holds, of each of the NS tensors (W, CH, LANES)."""
+    found = ()
+    if NS % 4 == 0:
+        for j in tl.static_range(0, NS, 4):
+            found = found + _rolled_4(states[j], states[j + 1], states[j + 2], states[j + 3], before)
+    else:
+        for j in tl.static_range(NS):
+            found = found + (_rolled(states[j], before),)
+    return found
+
+
+@triton.jit
+def _real(first, k, length, WHOLE: tl.constexpr):
+    """Which tokens first + k are in the sequence; with WHOLE a group is there or not."""
+    if WHOLE:
+        real = first < length
+    else:
+        real = first + k < length
+    return real
+
+
+@scan_kernel
+def selective_scan_wavefront_kernel(
+    x,
+    dt,
+    A_t,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    initial,
+    starts,
+    handed,
+    final,
+    y,
+    stride_x_b,
+    stride_x_t: tl.constexpr,
+    stride_x_d,
+    stride_dt_b,
+    stride_dt_t: tl.constexpr,
+    stride_dt_d,
+    stride_A_n,
+    stride_A_d,
+    stride_z_b,
+    stride_z_t: tl.constexpr,
+    stride_z_d,
+    stride_B_b,
+    stride_B_t: tl.constexpr,
+    stride_B_g,
+    stride_B_n,
+    stride_C_b,
+    stride_C_t: tl.constexpr,
+    stride_C_g,
+    stride_C_n,
+    length,
+    channels,
+    save_every,
+    n_saved,
+    N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    CH: tl.constexpr,
+    LANES: tl.constexpr,
+    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    SAVE: tl.constexpr,
+    FINAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    THROUGH_MEMORY: tl.constexpr,
+):
+    NS: tl.constexpr = N // W
+    BD: tl.constexpr = CH * LANES
+    TILE: tl.constexpr = W * K
+    group_size = channels // GROUPS
+    blocks = tl.cdiv(group_size, BD)
+    pid = tl.program_id(0).to(tl.int64)
+    block = (pid % (blocks * GROUPS)).to(tl.int32)
+    row = pid // (blocks * GROUPS)
+    n_tiles = tl.cdiv(length, TILE)
+
+    group = block // blocks
+    lane = tl.arange(0, LANES)[None, None, :] + LANES * tl.arange(0, CH)[None, :, None]
+    within = (block % blocks) * BD + lane
+    d3 = (group * group_size + within).to(tl.int64)
+    mask3 = within < group_size
+    if EVEN:
+        mask3 = tl.full((1, CH, LANES), True, tl.int1)
+    d = d3[:, None]
+    mask = mask3[:, None]
+    warp3 = tl.arange(0, W)[:, None, None]
+    warp = warp3[:, None]
+    k = tl.arange(0, K)[None, :, None, None]
+
+    bias = tl.zeros((1, 1, CH, LANES), tl.float32)
+    skip = tl.zeros((1, 1, CH, LANES), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(tl.float32)
+    if HAS_D:
+        skip = tl.load(D + d, mask=mask, other=0.0).to(tl.float32)
+    x += row * stride_x_b + d * stride_x_d
+    dt += row * stride_dt_b + d * stride_dt_d
+    z += row * stride_z_b + d * stride_z_d
+    B += row * stride_B_b + group.to(tl.int64) * stride_B_g
+    C += row * stride_C_b + group.to(tl.int64) * stride_C_g
+    y += row * length * channels + d
+    before = (warp3 + (W - 1)) % W
+    mailbox = handed + pid * (2 * N * BD) + warp3 * BD + lane
+    neighbour = handed + pid * (2 * N * BD) + before * BD + lane
+
+    # A of the states that a warp works on in phase p is A_n[p * NS] and what follows; h is of those of the next phase
+    A_n = ()
+    h = ()
+    for p in tl.static_range(W):
+        for j in tl.static_range(NS):
+            m = ((warp * 0 + (p + W)) - warp) % W * NS + j
+            A_n = A_n + (
+                tl.load(A_t + wide(m) * stride_A_n + d * stride_A_d, mask=mask, other=0.0).to(tl.float32) * LOG2_E,
+            )
+    for j in tl.static_range(NS):
+        state = (W - warp3) % W * NS + j
+        if HAS_INITIAL:
+            h_n = tl.load(initial + (row * channels + d3) * N + state, mask=mask3, other=0.0).to(tl.float32)
+        else:
+            h_n = tl.zeros((W, CH, LANES), tl.float32)
+        h = h + (h_n,)
+
+    # what a warp works on; warps that have not begun yet hand states on as they are
+    delta = tl.zeros((W, K, CH, LANES), tl.float32)
+    u = tl.zeros((W, K, CH, LANES), tl.float32)
+    out = tl.zeros((W, K, CH, LANES), tl.float32)
+    done = tl.zeros((W, K, CH, LANES), tl.float32)
+    own = warp * K
+    real = _real(own, k, length, WHOLE) & mask
+    next_dt = _load_group(dt, own, k, stride_dt_t, real)
+    next_x = _load_group(x, own, k, stride_x_t, real)
+    if AHEAD:
+        first = tl.maximum(own - tl.where(warp > 0, TILE, 0), 0)
+        there = _real(first, k, length, WHOLE)
+        if WHOLE:
+            first = tl.minimum(first, length - K)
+            there = tl.full((W, 1, 1, 1), True, tl.int1)
+        n = (W - warp) % W * NS
+        next_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
+        next_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
+
+    for i in range(0, n_tiles + 1):
+        own = i * TILE + warp * K
+        new_delta = next_dt.to(tl.float32) + bias
+        if SOFTPLUS:
+            new_delta = softplus(new_delta)
+        new_delta = tl.where(_real(own, k, length, WHOLE), new_delta, 0.0)
+        new_x = next_x.to(tl.float32)
+        new_u = new_delta * new_x
+        # of the tile that is finished in this round
+        previous = own - TILE
+        finished = _real(previous, k, length, WHOLE) & (previous >= 0) & mask
+        if HAS_Z:
+            z_tile = _load_group(z, previous, k, stride_z_t, finished)
+        for p in tl.static_range(W):
+            begins = warp == p
+            delta = tl.where(begins, new_delta, delta)
+            u = tl.where(begins, new_u, u)
+            done = tl.where(begins, out, done)
+            out = tl.where(begins, skip * new_x, out)
+            if SAVE:
+                if (i % save_every == 0) & (i < n_tiles):
+                    entry = starts + ((row * n_saved + i // save_every) * N + p * NS) * channels + d3
+                    for j in tl.static_range(NS):
+                        tl.store(entry + wide(warp3 * 0 + j) * channels, h[j], mask=mask3 & (warp3 == 0))
+            if AHEAD:
+                words_B, words_C = next_B, next_C
+                # of the next phase
+                if p < W - 1:
+                    first = own - tl.where(warp > p + 1, TILE, 0)
+                else:
+                    first = own + tl.where(warp > 0, 0, TILE)
+                n = ((warp * 0 + (p + 1 + W)) - warp) % W * NS
+            else:
+                first = own - tl.where(warp > p, TILE, 0)
+                n = ((warp * 0 + (p + W)) - warp) % W * NS
+            first = tl.maximum(first, 0)
+            there = _real(first, k, length, WHOLE)
+            if WHOLE:
+                # steps of 0 do not ask what B is
+                first = tl.minimum(first, length - K)
+                there = tl.full((W, 1, 1, 1), True, tl.int1)
+            if AHEAD:
+                next_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
+                next_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
+            else:
+                words_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
+                words_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
+            if p == W - 1:
+                following = own + TILE
+                real = _real(following, k, length, WHOLE) & mask
+                next_dt = _load_group(dt, following, k, stride_dt_t, real)
+                next_x = _load_group(x, following, k, stride_x_t, real)
+            B_n = scalars_of(words_B, NS, PACKED, B.dtype.element_ty)
+            C_n = scalars_of(words_C, NS, PACKED, C.dtype.element_ty)
+            ends = ()
+            for j in tl.static_range(NS):
+                decay = tl.exp2(delta * A_n[p * NS + j])
+                b = u * B_n[j]
+                b = tl.where(k == 0, decay * h[j][:, None] + b, b)
+                _product, states = tl.associative_scan((decay, b), 1, combine)
+                out += states * C_n[j]
+                ends = ends + (_last_of(states, k, K),)
+            if THROUGH_MEMORY:
+                for j in tl.static_range(NS):
+                    tl.store(mailbox + (p % 2 * NS + j) * W * BD, ends[j])
+                # one barrier is enough: what is written in the next phase lies elsewhere
+                tl.debug_barrier()
+                h = ()
+                for j in tl.static_range(NS):
+                    h = h + (tl.load(neighbour + (p % 2 * NS + j) * W * BD),)
+            else:
+                h = _handed_on(ends, before, NS)
+        if HAS_Z:
+            silu, _sigmoid = silu_parts(z_tile.to(tl.float32))
+            done *= silu
+        rows = (y + wide(previous) * channels) + k.to(tl.int64) * channels
+        tl.store(rows, done.to(y.dtype.element_ty), mask=finished)
+
+    if FINAL:
+        for j in tl.static_range(NS):
+            state = (W - warp3) % W * NS + j
+            tl.store(final + (row * channels + d3) * N + state, h[j], mask=mask3)
+
+
+def takes_wavefront(inputs: ScanInputs, tuning: Wavefront | None) -> bool:
+    """Whether these inputs can be scanned so: no packed sequences, and N a multiple of W."""
+    size = inputs.A_t.shape[0]
+    return tuning is not None and inputs.cu_seqlens is None and inputs.flags is None and size % tuning.warps == 0
+
+
+def scan_wavefront(
+    inputs: ScanInputs,
+    plan: Plan,
+    tuning: Wavefront,
+    starts: Tensor | None,
+    final: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Fill y (B, L, D), final (B, D, N) and with `starts` (slots, N, D) the states before each chunk of `plan`."""
+    block = tuning.channels * LANES
+    phase = plan.size // tuning.warps
+    programs = plan.batch * plan.groups * ceil_div(plan.channels // plan.groups, block)
+    placeholder = inputs.A_t
+    handed = placeholder
+    if tuning.through_memory:
+        handed = y.new_empty((programs, 2, plan.size, block), dtype=torch.float32)
+    launch(
+        selective_scan_wavefront_kernel,
+        (programs,),
+        inputs.x,
+        inputs.dt,
+        inputs.A_t,
+        inputs.B,
+        inputs.C,
+        placeholder if inputs.D is None else inputs.D,
+        inputs.x if inputs.z is None else inputs.z,
+        placeholder if inputs.dt_bias is None else inputs.dt_bias,
+        placeholder if inputs.initial_states is None else inputs.initial_states,
+        placeholder if starts is None else starts,
+        handed,
+        placeholder if final is None else final,
+        y,
+        *inputs.x.stride(),
+        *inputs.dt.stride(),
+        *inputs.A_t.stride(),
+        *strides_or_zeros(inputs.z, 3),
+        *strides_or_zeros(inputs.B, 4),
+        *strides_or_zeros(inputs.C, 4),
+        plan.length,
+        plan.channels,
+        plan.chunk // (tuning.warps * tuning.tile),
+        plan.n_chunks,
+        N=plan.size,
+        GROUPS=plan.groups,
+        W=tuning.warps,
+        K=tuning.tile,
+        CH=tuning.channels,
+        LANES=LANES,
+        EVEN=plan.channels // plan.groups % block == 0,
+        WHOLE=plan.length % tuning.tile == 0,
+        HAS_D=inputs.D is not None,
+        HAS_Z=inputs.z is not None,
+        HAS_BIAS=inputs.dt_bias is not None,
+        SOFTPLUS=inputs.dt_softplus,
+        HAS_INITIAL=inputs.initial_states is not None,
+        SAVE=starts is not None,
+        FINAL=final is not None,
+        PACKED=plan.packed and phase % 2 == 0,
+        AHEAD=tuning.ahead,
+        THROUGH_MEMORY=tuning.through_memory,
+        **tuning.options(),
+    )
