@@ -13,17 +13,14 @@ Settings = tuple[tuple[str, str, Any], ...]
 
 CONV = "mamba_kernels.causal_conv1d.triton_conv"
 SCAN_FORWARD = "mamba_kernels.selective_scan.triton_forward"
-SCAN_BACKWARD = "mamba_kernels.selective_scan.triton_backward"
 SSD = "mamba_kernels.ssd.triton_"
 
 # op: what differs, and the module attributes that make it so: (module, attribute, value). A tuple becomes a tuning like the one
 # that it replaces. Chosen by the registers that ptxas reports for sm_90
 VARIANTS: dict[str, dict[str, Settings]] = {
     "selective_scan": {
-        # 233 registers and no spills in place of 255 with some
-        "backward 4 tokens": ((SCAN_BACKWARD, "BACKWARD", (32, 4)), (SCAN_BACKWARD, "SWEEP", (64, 4))),
-        # exponentials once in place of twice, but fewer programs
-        "forward whole": ((SCAN_FORWARD, "FORWARD", (32, 8)), (SCAN_FORWARD, "UNSPLIT_PROGRAMS", 256)),
+        # exponentials twice in place of once, but more programs
+        "forward in chunks": ((SCAN_FORWARD, "WAVEFRONT_PROGRAMS", range(0)),),
     },
     "ssd_chunk_scan": {
         # 97 to 116 registers in place of 174 to 242

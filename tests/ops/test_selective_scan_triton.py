@@ -47,12 +47,11 @@ TOY_CASES: dict[str, dict[str, Any]] = {
         "chunk": 16,
     },
     "fp16-words": {"dtype": torch.float16, "length": 5},
-    "wavefront": {"wavefront": (4, 2, 1), "size": 8, "length": 25, "chunk": 16, "width": 33, "initial": True},
-    "wavefront-of-two": {"wavefront": (2, 2, 2), "length": 26, "width": 70, "bare": True},
-    "wavefront-of-groups": {"wavefront": (4, 2, 1), "size": 16, "length": 24, "chunk": 8, "groups": 2, "width": 8},
-    "wavefront-of-words": {"wavefront": (2, 4, 1), "size": 8, "length": 23, "chunk": 8, "dtype": torch.float16},
-    "wavefront-shared": {"wavefront": (4, 2, 1, False), "size": 16, "length": 9, "chunk": 8, "initial": True},
-    "wavefront-of-one-state": {"wavefront": (4, 2, 1, False), "length": 17, "chunk": 8, "softplus": False},
+    "wavefront": {"wavefront": (2, 4, 1), "size": 4, "length": 21, "chunk": 8, "width": 33, "initial": True},
+    "wavefront-of-four": {"wavefront": (4, 2, 1), "size": 4, "length": 19, "chunk": 8, "groups": 2, "width": 4},
+    "wavefront-bare": {"wavefront": (2, 2, 2), "size": 2, "length": 10, "chunk": 4, "width": 70, "bare": True},
+    "wavefront-of-words": {"wavefront": (2, 4, 1), "size": 8, "length": 15, "chunk": 8, "dtype": torch.float16},
+    "wavefront-without-softplus": {"wavefront": (2, 2, 1), "length": 9, "chunk": 4, "softplus": False},
 }
 
 
@@ -130,7 +129,7 @@ def run_toy_case(
     split: bool = True,
     registers: int = 16,
     workspace: int = 1 << 20,
-    wavefront: tuple[Any, ...] | None = None,
+    wavefront: tuple[int, int, int] | None = None,
     softplus: bool = True,
     seq_idx: list[list[int]] | None = None,
     cu_seqlens: list[int] | None = None,
@@ -145,16 +144,13 @@ def run_toy_case(
     forward.FORWARD = chain.CHUNK_STATES = backward.BACKWARD = backward.SWEEP = backward.GRADIENT_SWEEP = tuning
     forward.LARGEST_TILE = tile
     forward.SHORTEST_CHUNK = forward.LONGEST_CHUNK = chunk
-    forward.UNSPLIT_PROGRAMS = 1 << 30 if split else 0
-    forward.WAVEFRONT = None
+    forward.UNSPLIT_PROGRAMS = forward.UNSPLIT_SHORT = 1 << 30 if split else 0
+    forward.WAVEFRONT_PROGRAMS = range(0)
     if wavefront is not None:
-        warps, tokens, thread_channels, *memory = wavefront
-        forward.WAVEFRONT = importlib.import_module(PACKAGE + "triton_wavefront").Wavefront(
-            warps=warps,
-            tile=tokens,
-            channels=thread_channels,
-            ahead=tokens == 2,
-            through_memory=not memory,
+        forward.SHORT, forward.WAVEFRONT_PROGRAMS = 0, range(1 << 30)
+        warps, tokens, thread_channels = wavefront
+        forward.WAVEFRONT = forward.WAVEFRONT._replace(
+            warps=warps, tile=tokens, channels=thread_channels, ahead=tokens == 2
         )
     forward.FORWARD_REGISTER_STATES = registers
     backward.WORKSPACE_BYTES = workspace
@@ -212,8 +208,22 @@ def test_lengths_on_gpu(length: int, dtype: torch.dtype) -> None:
         {"size": 256, "length": 70},
         {"batch": 8, "width": 2048, "length": 70, "initial": True},
         {"batch": 64, "width": 33, "length": 100},
+        {"batch": 6, "width": 2040, "length": 333, "initial": True},
+        {"batch": 4, "width": 3072, "length": 144, "groups": 2, "bare": True},
     ],
-    ids=["bare", "groups", "strided", "N1", "N5", "N24", "N256", "whole-sequences", "batch-64"],
+    ids=[
+        "bare",
+        "groups",
+        "strided",
+        "N1",
+        "N5",
+        "N24",
+        "N256",
+        "whole-sequences",
+        "batch-64",
+        "wavefront",
+        "wavefront-groups",
+    ],
 )
 def test_shapes_on_gpu(shape: dict[str, Any], dtype: torch.dtype) -> None:
     sizes = {"batch": 2, "length": 257, "width": 80, "size": 16} | shape

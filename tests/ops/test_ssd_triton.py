@@ -163,6 +163,7 @@ def run_toy_case(
     inputs.TARGET_PROGRAMS = 1
     importlib.import_module(PACKAGE + "triton_forward").PART_FP32 = 16
     plan.TARGET_PROGRAMS, plan.SHORTEST_SEGMENT = 1 << 20 if split else 0, 16
+    plan.SHORTEST_SPLIT = 0
     projections.TARGET_PROGRAMS = programs
     projections.LARGEST_PART = projections.LARGEST_PART_FP32 = states
     importlib.import_module(PACKAGE + "triton_backward").WORKSPACE_BYTES = workspace

@@ -36,7 +36,7 @@ from .triton_common import (
 
 __all__ = ["chunk_table", "launch_chain", "pass_states"]
 
-CHUNK_STATES = Tuning(channels=64, tile=4)
+CHUNK_STATES = Tuning(channels=32, tile=8)
 # states of a program
 CHUNK_PARTS = 16
 PASS_BLOCK = 64

@@ -45,17 +45,20 @@ __all__ = ["plan_of", "scan_forward"]
 
 
 # measured on an H100; see docs/performance.md
-FORWARD = Tuning(channels=64, tile=4)
+FORWARD = Tuning(channels=32, tile=4)
 # states up to this many live in registers through a whole chunk, more of them are parked in memory between tiles
 FORWARD_REGISTER_STATES = 16
 FORWARD_PARTS = 4
-# programs that fill the device, as far as the sequence can be cut; chunks are of these lengths
-TARGET_PROGRAMS = 2048
-SHORTEST_CHUNK, LONGEST_CHUNK = 64, 1024
+# chunks are of these lengths: doubled as long as there are so many programs, and beyond MIDDLE_CHUNK so many
+SHORTEST_CHUNK, MIDDLE_CHUNK, LONGEST_CHUNK = 16, 128, 1024
+FEW_PROGRAMS, MANY_PROGRAMS = 1536, 4096
 # whether B and C of a tile are on their way while the tile before is computed
 AHEAD = True
-# with at least this many programs the forward walks through whole sequences instead of cutting them
+# with at least this many programs the forward walks through whole sequences instead of cutting them; through short ones with fewer
 UNSPLIT_PROGRAMS = 1024
+UNSPLIT_SHORT, SHORT = 448, 128
+# with so many, and not SHORT, several warps a sequence do (`triton_wavefront`)
+WAVEFRONT_PROGRAMS = range(320, 529)
 # tiles of all kernels divide this
 LARGEST_TILE = 8
 
@@ -279,17 +282,22 @@ def _selective_scan_fwd_kernel(
 
 
 def plan_of(inputs: ScanInputs) -> Plan:
-    """Cut time so that about TARGET_PROGRAMS programs can work at once, if the sequence is long enough."""
+    """Cut time so that there are enough programs, if the sequence is long enough, in chunks that are not too many to be chained."""
     batch, length, channels = inputs.x.shape
     groups = 1 if inputs.B.dim() == 3 else inputs.B.shape[2]
     programs = batch * groups * ceil_div(channels // groups, FORWARD.channels)
     chunk = SHORTEST_CHUNK
-    while chunk < LONGEST_CHUNK and programs * ceil_div(length, 2 * chunk) >= TARGET_PROGRAMS:
+    while chunk < LONGEST_CHUNK:
+        wanted = FEW_PROGRAMS if chunk < MIDDLE_CHUNK else MANY_PROGRAMS
+        if programs * ceil_div(length, 2 * chunk) < wanted:
+            break
         chunk *= 2
+    wavefront = programs in WAVEFRONT_PROGRAMS and length > SHORT and takes_wavefront(inputs, WAVEFRONT)
     if inputs.cu_seqlens is None:
         n_chunks = ceil_div(length, chunk)
         n_slots = batch * n_chunks
-        split = n_chunks > 1 and programs < UNSPLIT_PROGRAMS and not takes_wavefront(inputs, WAVEFRONT)
+        whole = programs >= (UNSPLIT_SHORT if length <= SHORT else UNSPLIT_PROGRAMS)
+        split = n_chunks > 1 and not whole and not wavefront
     else:
         n_chunks = n_slots = length // chunk + inputs.cu_seqlens.shape[0] - 1
         split = True
@@ -303,6 +311,7 @@ def plan_of(inputs: ScanInputs) -> Plan:
         n_chunks=n_chunks,
         n_slots=n_slots,
         split=split,
+        wavefront=wavefront,
         whole=inputs.cu_seqlens is None and inputs.flags is None and length % LARGEST_TILE == 0,
         packed=_can_be_packed(inputs.B) and _can_be_packed(inputs.C),
     )
@@ -342,7 +351,7 @@ def scan_forward(
     if return_final_states:
         n_states = plan.batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
         final = x.new_empty((n_states, plan.channels, plan.size), dtype=torch.float32)
-    if not plan.split and WAVEFRONT is not None and takes_wavefront(inputs, WAVEFRONT):
+    if plan.wavefront:
         scan_wavefront(inputs, plan, WAVEFRONT, starts, final, y)
         return y, final, table, starts
     in_registers = plan.size <= FORWARD_REGISTER_STATES

@@ -122,6 +122,7 @@ def compile_scan(
         differentiable,
         return_final_states,
         plan.split,
+        plan.wavefront,
         plan.n_chunks > 1,
         plan.packed,
         plan.whole,

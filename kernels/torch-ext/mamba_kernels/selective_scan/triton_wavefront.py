@@ -41,19 +41,19 @@ from .triton_common import (
 __all__ = ["WAVEFRONT", "Wavefront", "scan_wavefront", "selective_scan_wavefront_kernel", "takes_wavefront"]
 
 LANES = 32
+# that a thread holds A of
+MOST_STATES = 16
 
 
 class Wavefront(NamedTuple):
     """How a whole sequence is walked through."""
 
-    warps: int = 4  # W, of a program
-    tile: int = 4  # K, tokens of a warp
+    warps: int = 2  # W, of a program
+    tile: int = 8  # K, tokens of a warp
     channels: int = 1  # CH, of a thread
     registers: int = 0  # most of a thread, 0 for no limit; only NVIDIA's compiler takes one
     # whether B and C of a phase are on their way while the phase before is computed
     ahead: bool = True
-    # whether states are handed on through global memory, or through shared memory, which takes more instructions and barriers
-    through_memory: bool = True
 
     def options(self) -> dict[str, int]:
         """Launch options."""
@@ -63,8 +63,8 @@ class Wavefront(NamedTuple):
         return options
 
 
-# not measured yet
-WAVEFRONT: Wavefront | None = Wavefront()
+# of thirteen, measured on an H100; see docs/performance.md
+WAVEFRONT = Wavefront()
 
 
 @triton.jit
@@ -76,38 +76,6 @@ def _load_group(columns, first, k, stride, real):
 def _last_of(tile, k, K: tl.constexpr):
     bits = tl.where(k == K - 1, tile.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, 1).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _rolled(value, before):
-    return tl.gather(value, tl.broadcast_to(before, value.shape), 0)
-
-
-@triton.jit
-def _rolled_4(first, second, third, fourth, before):
-    """Four at a time, which go through shared memory together."""
-    W: tl.constexpr = first.shape[0]
-    CH: tl.constexpr = first.shape[1]
-    LANES: tl.constexpr = first.shape[2]
-    together = tl.join(tl.join(first, third), tl.join(second, fourth))
-    together = _rolled(tl.reshape(together, (W, CH, 4 * LANES)), before)
-    even, odd = tl.split(tl.reshape(together, (W, CH, LANES, 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _handed_on(states, before, NS: tl.constexpr):
-    """What the warp before holds, of each of the NS tensors (W, CH, LANES)."""
-    found = ()
-    if NS % 4 == 0:
-        for j in tl.static_range(0, NS, 4):
-            found = found + _rolled_4(states[j], states[j + 1], states[j + 2], states[j + 3], before)
-    else:
-        for j in tl.static_range(NS):
-            found = found + (_rolled(states[j], before),)
-    return found
 
 
 @triton.jit
@@ -175,7 +143,6 @@ def selective_scan_wavefront_kernel(
     FINAL: tl.constexpr,
     PACKED: tl.constexpr,
     AHEAD: tl.constexpr,
-    THROUGH_MEMORY: tl.constexpr,
 ):
     NS: tl.constexpr = N // W
     BD: tl.constexpr = CH * LANES
@@ -232,6 +199,13 @@ def selective_scan_wavefront_kernel(
         else:
             h_n = tl.zeros((W, CH, LANES), tl.float32)
         h = h + (h_n,)
+    if SAVE:
+        for m in range(0, N):
+            first_state = tl.zeros((W, CH, LANES), tl.float32)
+            if HAS_INITIAL:
+                first_state += tl.load(initial + (row * channels + d3) * N + m, mask=mask3, other=0.0).to(tl.float32)
+            own_start = starts + (row * n_saved * N + m) * channels + d3 + wide(warp3 * 0)
+            tl.store(own_start, first_state, mask=mask3 & (warp3 == 0))
 
     # what a warp works on; warps that have not begun yet hand states on as they are
     delta = tl.zeros((W, K, CH, LANES), tl.float32)
@@ -271,11 +245,6 @@ def selective_scan_wavefront_kernel(
             u = tl.where(begins, new_u, u)
             done = tl.where(begins, out, done)
             out = tl.where(begins, skip * new_x, out)
-            if SAVE:
-                if (i % save_every == 0) & (i < n_tiles):
-                    entry = starts + ((row * n_saved + i // save_every) * N + p * NS) * channels + d3
-                    for j in tl.static_range(NS):
-                        tl.store(entry + wide(warp3 * 0 + j) * channels, h[j], mask=mask3 & (warp3 == 0))
             if AHEAD:
                 words_B, words_C = next_B, next_C
                 # of the next phase
@@ -314,16 +283,24 @@ def selective_scan_wavefront_kernel(
                 _product, states = tl.associative_scan((decay, b), 1, combine)
                 out += states * C_n[j]
                 ends = ends + (_last_of(states, k, K),)
-            if THROUGH_MEMORY:
-                for j in tl.static_range(NS):
-                    tl.store(mailbox + (p % 2 * NS + j) * W * BD, ends[j])
-                # one barrier is enough: what is written in the next phase lies elsewhere
-                tl.debug_barrier()
-                h = ()
-                for j in tl.static_range(NS):
-                    h = h + (tl.load(neighbour + (p % 2 * NS + j) * W * BD),)
-            else:
-                h = _handed_on(ends, before, NS)
+            sink, source = mailbox + p % 2 * (N * BD), neighbour + p % 2 * (N * BD)
+            sink_step, source_step = W * BD, W * BD
+            if SAVE:
+                # what the last warp arrives at is the state before the tile after its own
+                later = i + 1 if p == W - 1 else i
+                kept = (later > 0) & (later < n_tiles) & (later % save_every == 0)
+                entry = starts + ((row * n_saved + later // save_every) * N + (p + 1) % W * NS) * channels + d3
+                leaves, enters = mask3 & (warp3 == W - 1) & kept, mask3 & (warp3 == 0) & kept
+                sink, source = tl.where(leaves, entry, sink), tl.where(enters, entry, source)
+                sink_step = tl.where(leaves, channels, W * BD)
+                source_step = tl.where(enters, channels, W * BD)
+            for j in tl.static_range(NS):
+                tl.store(sink + j * sink_step, ends[j])
+            # one barrier is enough: what is written in the next phase lies elsewhere
+            tl.debug_barrier()
+            h = ()
+            for j in tl.static_range(NS):
+                h = h + (tl.load(source + j * source_step),)
         if HAS_Z:
             silu, _sigmoid = silu_parts(z_tile.to(tl.float32))
             done *= silu
@@ -336,10 +313,20 @@ def selective_scan_wavefront_kernel(
             tl.store(final + (row * channels + d3) * N + state, h[j], mask=mask3)
 
 
-def takes_wavefront(inputs: ScanInputs, tuning: Wavefront | None) -> bool:
-    """Whether these inputs can be scanned so: no packed sequences, and N a multiple of W."""
+def takes_wavefront(inputs: ScanInputs, tuning: Wavefront) -> bool:
+    """Whether these inputs can be scanned so: no packed sequences, N a multiple of W, states in registers.
+
+    What a warp writes to global memory is read by another one after a barrier, which CUDA guarantees within a program.
+    """
     size = inputs.A_t.shape[0]
-    return tuning is not None and inputs.cu_seqlens is None and inputs.flags is None and size % tuning.warps == 0
+    return (
+        inputs.cu_seqlens is None
+        and inputs.flags is None
+        and size % tuning.warps == 0
+        and size <= MOST_STATES
+        and torch.version.hip is None
+        and inputs.x.device.type != "xpu"
+    )
 
 
 def scan_wavefront(
@@ -355,9 +342,7 @@ def scan_wavefront(
     phase = plan.size // tuning.warps
     programs = plan.batch * plan.groups * ceil_div(plan.channels // plan.groups, block)
     placeholder = inputs.A_t
-    handed = placeholder
-    if tuning.through_memory:
-        handed = y.new_empty((programs, 2, plan.size, block), dtype=torch.float32)
+    handed = y.new_empty((programs, 2, plan.size, block), dtype=torch.float32)
     launch(
         selective_scan_wavefront_kernel,
         (programs,),
@@ -401,6 +386,5 @@ def scan_wavefront(
         FINAL=final is not None,
         PACKED=plan.packed and phase % 2 == 0,
         AHEAD=tuning.ahead,
-        THROUGH_MEMORY=tuning.through_memory,
         **tuning.options(),
     )

@@ -27,8 +27,8 @@ __all__ = [
 TARGET_PROGRAMS = 264
 # most channels of a program; the operands of fp32 products take more registers
 LARGEST_CHANNELS, LARGEST_CHANNELS_FP32 = 64, 32
-# tokens of the shortest segment worth the second pass over its inputs
-SHORTEST_SEGMENT = 512
+# tokens of the shortest segment, and of the shortest sequence worth a second launch and a second pass over its inputs
+SHORTEST_SEGMENT, SHORTEST_SPLIT = 128, 512
 # most heads, or else most elements of the states of all blocks, whose states are kept in fp32 for backward
 FEW_HEADS, FEW_ELEMENTS = 8, 1 << 25
 
@@ -187,7 +187,7 @@ def plan_of(operands: Operands) -> Plan:
     sequences = batch if operands.cu_seqlens is None else operands.cu_seqlens.shape[0] - 1
     pieces = TARGET_PROGRAMS // max(1, sequences * heads * channel_blocks)
     longest = length if operands.cu_seqlens is None else length // sequences
-    pieces = min(pieces, longest // SHORTEST_SEGMENT)
+    pieces = min(pieces, longest // SHORTEST_SEGMENT) if longest >= SHORTEST_SPLIT else 1
     split = pieces > 1
     segment = ceil_div(ceil_div(length, pieces), block) * block if split else ceil_div(length, block) * block
     if operands.cu_seqlens is None:
