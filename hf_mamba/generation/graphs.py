@@ -70,12 +70,9 @@ class CudaGraph:
             try:
                 with captured:
                     function()
-            except BaseException:
+            finally:
                 # that of a capture which could not be ended stays the current one
-                if torch.cuda.current_stream() != stream:
-                    torch.cuda.set_stream(stream)
-                    _clear_up_after_capture(device)
-                raise
+                torch.cuda.set_stream(stream)
 
     def replay(self) -> None:
         self.graph.replay()
@@ -119,24 +116,6 @@ def memory_pool(device: torch.device) -> MemoryPool:
     return pool
 
 
-def _clear_up_after_capture(device: torch.device) -> None:
-    """After a capture that could not be ended: whatever is captured next is none the worse, and the graphs that there are stay.
-
-    Before 2.12, torch does not clear up itself.
-    """
-    pool = _pools.pop(device, None)
-    if pool is not None:
-        # memory is still being taken from the pool, which is an error when any is given back. There is no such way to end that
-        # of pinned memory, so nothing more is captured into this pool; the graphs that are in it keep it
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool.handle)
-    # the generator waits for the end, and until then every random number is an error; the end of another capture is as good. In
-    # place of it, a generator for what is captured next would leave the graphs that draw from this one without a seed
-    place = torch.zeros(1, device=device)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-        place.zero_()
-
-
 @contextlib.contextmanager
 def _no_synchronisation() -> Iterator[None]:
     """Raise RuntimeError where torch would wait for the device."""
@@ -154,8 +133,7 @@ def _no_synchronisation() -> Iterator[None]:
 def capture(function: Callable[[], None], device: torch.device, warm_ups: int = WARM_UPS) -> Any:
     """Capture `function`; it runs a few times on the way, and the random state is as before.
 
-    Launches that start early are tried first. What else is launched decides whether a graph takes them; one that does not is
-    captured without, and no other graph takes notice.
+    Launches that start early are tried first. What else is launched decides whether a graph takes them.
 
     Raises:
         torch.cuda.OutOfMemoryError: no memory for the graph.
@@ -174,12 +152,30 @@ def capture(function: Callable[[], None], device: torch.device, warm_ups: int = 
 
 def _capture(function: Callable[[], None], device: torch.device, warm_ups: int) -> Any:
     state = torch.cuda.get_rng_state(device)
+    begun = False
     try:
         warm_up(function, device, warm_ups)
+        begun = True
         return CudaGraph(function, device)
+    except BaseException:
+        if begun:
+            _forget_broken_capture(device)
+        raise
     finally:
         torch.cuda.synchronize(device)
         torch.cuda.set_rng_state(state, device)
+
+
+def _forget_broken_capture(device: torch.device) -> None:
+    # a capture that breaks off leaves the generator waiting for its end, and every later random number an error
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
+    # graphs that draw from the one before would no longer follow the seed
+    for found in list(_graphs.values()):
+        found.steps.clear()
+    # its memory pool still waits for the end as well
+    _pools.pop(device, None)
 
 
 Kept = TypeVar("Kept")

@@ -425,7 +425,7 @@ def test_a_capture_that_breaks_off_leaves_the_device_usable(monkeypatch: pytest.
     assert torch.rand(3, device=device).isfinite().all()
     other = make_talker("mamba2").to(device)
     options = {"max_new_tokens": STEPS, "do_sample": True, "eos_token_id": None}
-    assert torch.equal(generate(other, ids, **options), stock(other, ids, **options))
+    assert torch.equal(generate(other, ids, replayed=None, **options), stock(other, ids, **options))
 
 
 @pytest.mark.gpu
