@@ -55,24 +55,15 @@ WARM_UPS = 2
 
 
 class CudaGraph:
-    """`function`, which has no arguments and no result, as a graph.
-
-    Where that fails, the current stream is as before.
-    """
+    """`function`, which has no arguments and no result, as a graph."""
 
     def __init__(self, function: Callable[[], None], device: torch.device):
         self.graph = torch.cuda.CUDAGraph()
         self.pool = memory_pool(device)
         # other threads may go on using the device
         captured = torch.cuda.graph(self.graph, pool=self.pool.handle, capture_error_mode="thread_local")
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream()
-            try:
-                with captured:
-                    function()
-            finally:
-                # that of a capture which could not be ended stays the current one
-                torch.cuda.set_stream(stream)
+        with torch.cuda.device(device), captured:
+            function()
 
     def replay(self) -> None:
         self.graph.replay()

@@ -146,7 +146,14 @@ class _TrainingGraph:
         self.loss: Any = None
         self.gradients: tuple[Tensor | None, ...] = ()
         self.others: dict[str, Tensor] = {}
-        self.graph = capture(self._run, device, WARM_UPS)
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        try:
+            self.graph = capture(self._run, device, WARM_UPS)
+        except BaseException:
+            # a capture that breaks off leaves its own stream as the current one
+            if stream is not None:
+                torch.cuda.set_stream(stream)
+            raise
 
     def _run(self) -> None:
         model: Any = self.model()
