@@ -252,3 +252,15 @@ def test_a_decoding_loop_of_the_users_own(kind: str, cache_class: type) -> None:
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
     for row, actual in zip(ROWS, torch.cat(tokens, dim=1), strict=True):
         assert torch.equal(actual, greedy_loop(model, row, 4)[0])
+
+
+@ALL_MODELS
+def test_options_in_the_configuration_are_noticed_in_every_call(kind: str) -> None:
+    model = make_talker(kind)
+    ids = random_ids(1, 4)
+    model.generate(ids, max_new_tokens=2)
+    model.config.temperature = 0.5
+    with pytest.raises(ValueError, match="control generation"):
+        model.generate(ids, max_new_tokens=2)
+    del model.config.temperature
+    model.generate(ids, max_new_tokens=2)

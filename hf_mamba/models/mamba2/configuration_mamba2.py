@@ -3,6 +3,7 @@
 import transformers
 
 from ...cache_names import CACHE_NAMES
+from ..generation_parameters import generation_parameters
 from ..sharding import FSDP_PLAN
 from ..validation import check_common_fields, check_positive, plain_errors
 
@@ -32,6 +33,7 @@ class Mamba2Config(transformers.Mamba2Config):
     rescale_prenorm_residual: bool = True
     keys_to_ignore_at_inference = [*CACHE_NAMES]
     base_model_fsdp_plan = FSDP_PLAN
+    _get_generation_parameters = generation_parameters
 
     def __post_init__(self, **kwargs):
         # transformers builds a list of this length

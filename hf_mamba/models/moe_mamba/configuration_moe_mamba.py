@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ...cache_names import CACHE_NAMES
+from ..generation_parameters import generation_parameters
 from ..mamba2.configuration_mamba2 import check_ssd_fields
 from ..sharding import FSDP_PLAN
 from ..validation import check_choice, check_common_fields, check_finite, check_positive, plain_errors
@@ -94,6 +95,7 @@ class MoeMambaConfig(PreTrainedConfig):
     attribute_map = {"num_local_experts": "num_experts"}
     keys_to_ignore_at_inference = [*CACHE_NAMES, "aux_loss", "z_loss", "router_logits"]
     base_model_fsdp_plan = FSDP_PLAN
+    _get_generation_parameters = generation_parameters
 
     vocab_size: int = 50257
     hidden_size: int = 512

@@ -340,6 +340,6 @@ class Plan(NamedTuple):
     n_chunks: int  # of a row
     n_slots: int
     split: bool  # whether the forward scans chunks by themselves, too
-    wavefront: bool  # or whole sequences with several warps each
+    wavefront: bool  # or, where no states are to be saved, whole sequences with several warps each
     whole: bool  # whether chunks are whole tiles
     packed: bool  # whether B and C can be read four numbers at a time

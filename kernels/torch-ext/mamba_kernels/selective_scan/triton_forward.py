@@ -57,7 +57,7 @@ AHEAD = True
 # with at least this many programs the forward walks through whole sequences instead of cutting them; through short ones with fewer
 UNSPLIT_PROGRAMS = 1024
 UNSPLIT_SHORT, SHORT = 448, 128
-# with so many, and not SHORT, several warps a sequence do (`triton_wavefront`)
+# with so many, and not SHORT, several warps a sequence do (`triton_wavefront`), unless the states before chunks are to be saved
 WAVEFRONT_PROGRAMS = range(320, 529)
 # tiles of all kernels divide this
 LARGEST_TILE = 8
@@ -297,7 +297,7 @@ def plan_of(inputs: ScanInputs) -> Plan:
         n_chunks = ceil_div(length, chunk)
         n_slots = batch * n_chunks
         whole = programs >= (UNSPLIT_SHORT if length <= SHORT else UNSPLIT_PROGRAMS)
-        split = n_chunks > 1 and not whole and not wavefront
+        split = n_chunks > 1 and not whole
     else:
         n_chunks = n_slots = length // chunk + inputs.cu_seqlens.shape[0] - 1
         split = True
@@ -340,20 +340,20 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Returns y (B, L, D); the final states (sequences, D, N); the chunk table; the states before each chunk if `save`."""
     x = inputs.x
+    y = torch.empty((plan.batch, plan.length, plan.channels), dtype=x.dtype, device=x.device)
+    final = None
+    if return_final_states:
+        n_states = plan.batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+        final = x.new_empty((n_states, plan.channels, plan.size), dtype=torch.float32)
+    if plan.wavefront and not save:
+        scan_wavefront(inputs, plan, WAVEFRONT, final, y)
+        return y, final, None, None
     table = None if inputs.cu_seqlens is None else chunk_table(inputs.cu_seqlens, plan.length, plan.chunk)
     starts = None
     if plan.split:
         starts = launch_chain(inputs, plan, table, inputs.initial_states)
     elif save:
         starts = x.new_empty((plan.n_slots, plan.size, plan.channels), dtype=torch.float32)
-    y = torch.empty((plan.batch, plan.length, plan.channels), dtype=x.dtype, device=x.device)
-    final = None
-    if return_final_states:
-        n_states = plan.batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-        final = x.new_empty((n_states, plan.channels, plan.size), dtype=torch.float32)
-    if plan.wavefront:
-        scan_wavefront(inputs, plan, WAVEFRONT, starts, final, y)
-        return y, final, table, starts
     in_registers = plan.size <= FORWARD_REGISTER_STATES
     parts = plan.size if in_registers else state_parts(plan.size, FORWARD_PARTS)
     programs = plan.n_slots if plan.split else plan.batch

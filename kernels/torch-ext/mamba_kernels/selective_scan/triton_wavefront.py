@@ -52,8 +52,6 @@ class Wavefront(NamedTuple):
     tile: int = 8  # K, tokens of a warp
     channels: int = 1  # CH, of a thread
     registers: int = 0  # most of a thread, 0 for no limit; only NVIDIA's compiler takes one
-    # whether B and C of a phase are on their way while the phase before is computed
-    ahead: bool = True
 
     def options(self) -> dict[str, int]:
         """Launch options."""
@@ -99,7 +97,6 @@ def selective_scan_wavefront_kernel(
     z,
     dt_bias,
     initial,
-    starts,
     handed,
     final,
     y,
@@ -124,8 +121,6 @@ def selective_scan_wavefront_kernel(
     stride_C_n,
     length,
     channels,
-    save_every,
-    n_saved,
     N: tl.constexpr,
     GROUPS: tl.constexpr,
     W: tl.constexpr,
@@ -139,10 +134,8 @@ def selective_scan_wavefront_kernel(
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
-    SAVE: tl.constexpr,
     FINAL: tl.constexpr,
     PACKED: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     NS: tl.constexpr = N // W
     BD: tl.constexpr = CH * LANES
@@ -199,13 +192,6 @@ def selective_scan_wavefront_kernel(
         else:
             h_n = tl.zeros((W, CH, LANES), tl.float32)
         h = h + (h_n,)
-    if SAVE:
-        for m in range(0, N):
-            first_state = tl.zeros((W, CH, LANES), tl.float32)
-            if HAS_INITIAL:
-                first_state += tl.load(initial + (row * channels + d3) * N + m, mask=mask3, other=0.0).to(tl.float32)
-            own_start = starts + (row * n_saved * N + m) * channels + d3 + wide(warp3 * 0)
-            tl.store(own_start, first_state, mask=mask3 & (warp3 == 0))
 
     # what a warp works on; warps that have not begun yet hand states on as they are
     delta = tl.zeros((W, K, CH, LANES), tl.float32)
@@ -216,15 +202,14 @@ def selective_scan_wavefront_kernel(
     real = _real(own, k, length, WHOLE) & mask
     next_dt = _load_group(dt, own, k, stride_dt_t, real)
     next_x = _load_group(x, own, k, stride_x_t, real)
-    if AHEAD:
-        first = tl.maximum(own - tl.where(warp > 0, TILE, 0), 0)
-        there = _real(first, k, length, WHOLE)
-        if WHOLE:
-            first = tl.minimum(first, length - K)
-            there = tl.full((W, 1, 1, 1), True, tl.int1)
-        n = (W - warp) % W * NS
-        next_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
-        next_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
+    first = tl.maximum(own - tl.where(warp > 0, TILE, 0), 0)
+    there = _real(first, k, length, WHOLE)
+    if WHOLE:
+        first = tl.minimum(first, length - K)
+        there = tl.full((W, 1, 1, 1), True, tl.int1)
+    n = (W - warp) % W * NS
+    next_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
+    next_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
 
     for i in range(0, n_tiles + 1):
         own = i * TILE + warp * K
@@ -245,29 +230,21 @@ def selective_scan_wavefront_kernel(
             u = tl.where(begins, new_u, u)
             done = tl.where(begins, out, done)
             out = tl.where(begins, skip * new_x, out)
-            if AHEAD:
-                words_B, words_C = next_B, next_C
-                # of the next phase
-                if p < W - 1:
-                    first = own - tl.where(warp > p + 1, TILE, 0)
-                else:
-                    first = own + tl.where(warp > 0, 0, TILE)
-                n = ((warp * 0 + (p + 1 + W)) - warp) % W * NS
+            words_B, words_C = next_B, next_C
+            # of the next phase
+            if p < W - 1:
+                first = own - tl.where(warp > p + 1, TILE, 0)
             else:
-                first = own - tl.where(warp > p, TILE, 0)
-                n = ((warp * 0 + (p + W)) - warp) % W * NS
+                first = own + tl.where(warp > 0, 0, TILE)
+            n = ((warp * 0 + (p + 1 + W)) - warp) % W * NS
             first = tl.maximum(first, 0)
             there = _real(first, k, length, WHOLE)
             if WHOLE:
                 # steps of 0 do not ask what B is
                 first = tl.minimum(first, length - K)
                 there = tl.full((W, 1, 1, 1), True, tl.int1)
-            if AHEAD:
-                next_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
-                next_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
-            else:
-                words_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
-                words_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
+            next_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
+            next_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
             if p == W - 1:
                 following = own + TILE
                 real = _real(following, k, length, WHOLE) & mask
@@ -284,23 +261,13 @@ def selective_scan_wavefront_kernel(
                 out += states * C_n[j]
                 ends = ends + (_last_of(states, k, K),)
             sink, source = mailbox + p % 2 * (N * BD), neighbour + p % 2 * (N * BD)
-            sink_step, source_step = W * BD, W * BD
-            if SAVE:
-                # what the last warp arrives at is the state before the tile after its own
-                later = i + 1 if p == W - 1 else i
-                kept = (later > 0) & (later < n_tiles) & (later % save_every == 0)
-                entry = starts + ((row * n_saved + later // save_every) * N + (p + 1) % W * NS) * channels + d3
-                leaves, enters = mask3 & (warp3 == W - 1) & kept, mask3 & (warp3 == 0) & kept
-                sink, source = tl.where(leaves, entry, sink), tl.where(enters, entry, source)
-                sink_step = tl.where(leaves, channels, W * BD)
-                source_step = tl.where(enters, channels, W * BD)
             for j in tl.static_range(NS):
-                tl.store(sink + j * sink_step, ends[j])
+                tl.store(sink + j * W * BD, ends[j])
             # one barrier is enough: what is written in the next phase lies elsewhere
             tl.debug_barrier()
             h = ()
             for j in tl.static_range(NS):
-                h = h + (tl.load(source + j * source_step),)
+                h = h + (tl.load(source + j * W * BD),)
         if HAS_Z:
             silu, _sigmoid = silu_parts(z_tile.to(tl.float32))
             done *= silu
@@ -333,11 +300,10 @@ def scan_wavefront(
     inputs: ScanInputs,
     plan: Plan,
     tuning: Wavefront,
-    starts: Tensor | None,
     final: Tensor | None,
     y: Tensor,
 ) -> None:
-    """Fill y (B, L, D), final (B, D, N) and with `starts` (slots, N, D) the states before each chunk of `plan`."""
+    """Fill y (B, L, D) and, if it is given, final (B, D, N)."""
     block = tuning.channels * LANES
     phase = plan.size // tuning.warps
     programs = plan.batch * plan.groups * ceil_div(plan.channels // plan.groups, block)
@@ -355,7 +321,6 @@ def scan_wavefront(
         inputs.x if inputs.z is None else inputs.z,
         placeholder if inputs.dt_bias is None else inputs.dt_bias,
         placeholder if inputs.initial_states is None else inputs.initial_states,
-        placeholder if starts is None else starts,
         handed,
         placeholder if final is None else final,
         y,
@@ -367,8 +332,6 @@ def scan_wavefront(
         *strides_or_zeros(inputs.C, 4),
         plan.length,
         plan.channels,
-        plan.chunk // (tuning.warps * tuning.tile),
-        plan.n_chunks,
         N=plan.size,
         GROUPS=plan.groups,
         W=tuning.warps,
@@ -382,9 +345,7 @@ def scan_wavefront(
         HAS_BIAS=inputs.dt_bias is not None,
         SOFTPLUS=inputs.dt_softplus,
         HAS_INITIAL=inputs.initial_states is not None,
-        SAVE=starts is not None,
         FINAL=final is not None,
         PACKED=plan.packed and phase % 2 == 0,
-        AHEAD=tuning.ahead,
         **tuning.options(),
     )
