@@ -20,7 +20,7 @@ SSD = "mamba_kernels.ssd.triton_"
 VARIANTS: dict[str, dict[str, Settings]] = {
     "selective_scan": {
         # exponentials twice in place of once, but more programs
-        "forward in chunks": ((SCAN_FORWARD, "WAVEFRONT_PROGRAMS", range(0)),),
+        "forward in chunks": ((SCAN_FORWARD, "MOST_WAVEFRONTS", 0),),
     },
     "ssd_chunk_scan": {
         # 97 to 116 registers in place of 174 to 242

@@ -151,9 +151,9 @@ def run_toy_case(
     forward.LARGEST_TILE = tile
     forward.SHORTEST_CHUNK = forward.LONGEST_CHUNK = chunk
     forward.UNSPLIT_PROGRAMS = forward.UNSPLIT_SHORT = 1 << 30 if split else 0
-    forward.WAVEFRONT_PROGRAMS = range(0)
+    forward.MOST_WAVEFRONTS = 0
     if wavefront is not None:
-        forward.SHORT, forward.WAVEFRONT_PROGRAMS = 0, range(1 << 30)
+        forward.SHORT, forward.FEWEST_WAVEFRONTS, forward.MOST_WAVEFRONTS = 0, 0, 1 << 30
         warps, tokens, thread_channels = wavefront
         forward.WAVEFRONT = forward.WAVEFRONT._replace(warps=warps, tile=tokens, channels=thread_channels)
     forward.FORWARD_REGISTER_STATES = registers

@@ -58,7 +58,7 @@ AHEAD = True
 UNSPLIT_PROGRAMS = 1024
 UNSPLIT_SHORT, SHORT = 448, 128
 # with so many, and not SHORT, several warps a sequence do (`triton_wavefront`), unless the states before chunks are to be saved
-WAVEFRONT_PROGRAMS = range(320, 529)
+FEWEST_WAVEFRONTS, MOST_WAVEFRONTS = 320, 528
 # tiles of all kernels divide this
 LARGEST_TILE = 8
 
@@ -292,7 +292,8 @@ def plan_of(inputs: ScanInputs) -> Plan:
         if programs * ceil_div(length, 2 * chunk) < wanted:
             break
         chunk *= 2
-    wavefront = programs in WAVEFRONT_PROGRAMS and length > SHORT and takes_wavefront(inputs, WAVEFRONT)
+    fill = FEWEST_WAVEFRONTS <= programs <= MOST_WAVEFRONTS
+    wavefront = fill and length > SHORT and takes_wavefront(inputs, WAVEFRONT)
     if inputs.cu_seqlens is None:
         n_chunks = ceil_div(length, chunk)
         n_slots = batch * n_chunks
