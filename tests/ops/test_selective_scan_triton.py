@@ -47,11 +47,19 @@ TOY_CASES: dict[str, dict[str, Any]] = {
         "chunk": 16,
     },
     "fp16-words": {"dtype": torch.float16, "length": 5},
-    "wavefront": {"wavefront": (2, 4, 1), "size": 4, "length": 21, "chunk": 8, "width": 33, "initial": True},
-    "wavefront-of-four": {"wavefront": (4, 2, 1), "size": 4, "length": 19, "chunk": 8, "groups": 2, "width": 4},
-    "wavefront-bare": {"wavefront": (2, 2, 2), "size": 2, "length": 10, "chunk": 4, "width": 70, "bare": True},
-    "wavefront-of-words": {"wavefront": (2, 4, 1), "size": 8, "length": 15, "chunk": 8, "dtype": torch.float16},
-    "wavefront-without-softplus": {"wavefront": (2, 2, 1), "length": 9, "chunk": 4, "softplus": False},
+    "wavefront": {
+        "wavefront": (2, 4, 1),
+        "batch": 1,
+        "length": 13,
+        "width": 33,
+        "channels": 64,
+        "chunk": 8,
+        "initial": True,
+    },
+    "wavefront-of-four": {"wavefront": (4, 2, 1), "length": 11, "groups": 2, "width": 4},
+    "wavefront-bare": {"wavefront": (2, 2, 2), "size": 2, "length": 6, "width": 70, "channels": 128, "bare": True},
+    "wavefront-of-words": {"wavefront": (2, 4, 1), "size": 8, "length": 9, "dtype": torch.float16},
+    "wavefront-without-softplus": {"wavefront": (2, 2, 1), "softplus": False},
 }
 
 
