@@ -55,7 +55,7 @@ FEW_PROGRAMS, MANY_PROGRAMS = 1536, 4096
 # whether B and C of a tile are on their way while the tile before is computed
 AHEAD = True
 # with at least this many programs the forward walks through whole sequences instead of cutting them; through short ones with fewer
-UNSPLIT_PROGRAMS = 1024
+UNSPLIT_PROGRAMS = 2048
 UNSPLIT_SHORT, SHORT = 448, 128
 # with so many, and not SHORT, several warps a sequence do (`triton_wavefront`), unless the states before chunks are to be saved
 FEWEST_WAVEFRONTS, MOST_WAVEFRONTS = 320, 528
