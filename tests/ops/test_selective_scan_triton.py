@@ -177,6 +177,33 @@ def run_toy_case(
     return errors_of(operands, **options)
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "chunk", "split", "wavefront"),
+    [
+        (1, 8, 1536, 16, False, False),
+        (1, 128, 1536, 16, True, False),
+        (1, 2048, 1536, 64, True, False),
+        (1, 65536, 1536, 512, True, False),
+        (1, 2048, 5120, 128, True, False),
+        (4, 128, 5120, 32, False, False),
+        (8, 2048, 1024, 128, True, False),
+        (8, 2048, 1536, 128, True, True),
+        (8, 2048, 2048, 256, True, True),
+        (64, 2048, 5120, 1024, False, False),
+    ],
+)
+def test_how_time_is_cut(batch: int, length: int, width: int, chunk: int, split: bool, wavefront: bool) -> None:
+    scan, forward = (importlib.import_module(PACKAGE + name) for name in ("triton_scan", "triton_forward"))
+    x, B = (torch.empty(batch, length, size, dtype=torch.bfloat16, device="meta") for size in (width, 16))
+    A = torch.empty(width, 16, device="meta")
+    plan = forward.plan_of(scan._inputs(x, x, A, B, B, None, x, None, None, None, None, True))
+    assert (plan.chunk, plan.split, plan.wavefront) == (chunk, split, wavefront)
+    packed = forward.plan_of(
+        scan._inputs(x, x, A, B, B, None, x, None, None, torch.empty(0, device="meta"), None, True)
+    )
+    assert not packed.wavefront
+
+
 @pytest.fixture(scope="module")
 def toy_errors() -> Errors:
     return errors_under_interpreter(__name__)

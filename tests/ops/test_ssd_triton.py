@@ -181,6 +181,25 @@ def run_toy_case(
     return errors_of(operands, **options)
 
 
+@pytest.mark.parametrize(
+    ("heads", "length", "segment", "n_segments"),
+    [
+        (24, 256, 256, 1),
+        (24, 512, 128, 4),
+        (24, 1024, 128, 8),
+        (24, 2048, 192, 11),
+        (80, 512, 192, 3),
+        (264, 2048, 2048, 1),
+    ],
+)
+def test_how_sequences_are_cut(heads: int, length: int, segment: int, n_segments: int) -> None:
+    scan, plan = (importlib.import_module(PACKAGE + name) for name in ("triton_scan", "triton_plan"))
+    x, B = (torch.empty(1, length, *size, dtype=torch.bfloat16, device="meta") for size in ((heads, 64), (1, 128)))
+    A = torch.empty(heads, device="meta")
+    cut = plan.plan_of(scan._operands(x, x[..., 0], A, B, B, None, None, None, None, None, None, True, None))
+    assert (cut.segment, cut.n_segments, cut.split) == (segment, n_segments, n_segments > 1)
+
+
 @pytest.fixture(scope="module")
 def toy_errors() -> Errors:
     return errors_under_interpreter(__name__)
