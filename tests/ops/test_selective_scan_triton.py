@@ -48,7 +48,7 @@ TOY_CASES: dict[str, dict[str, Any]] = {
     },
     "fp16-words": {"dtype": torch.float16, "length": 5},
     "wavefront": {
-        "wavefront": (2, 4, 1),
+        "wavefront": (2, 4),
         "batch": 1,
         "length": 13,
         "width": 33,
@@ -56,10 +56,11 @@ TOY_CASES: dict[str, dict[str, Any]] = {
         "chunk": 8,
         "initial": True,
     },
-    "wavefront-of-four": {"wavefront": (4, 2, 1), "length": 11, "groups": 2, "width": 4},
-    "wavefront-bare": {"wavefront": (2, 2, 2), "size": 2, "length": 6, "width": 70, "channels": 128, "bare": True},
-    "wavefront-of-words": {"wavefront": (2, 4, 1), "size": 8, "length": 9, "dtype": torch.float16},
-    "wavefront-without-softplus": {"wavefront": (2, 2, 1), "softplus": False},
+    "wavefront-of-four": {"wavefront": (4, 2), "length": 11, "groups": 2, "width": 4},
+    "wavefront-bare": {"wavefront": (2, 2), "size": 2, "length": 6, "width": 40, "channels": 64, "bare": True},
+    "wavefront-of-six": {"wavefront": (2, 4), "batch": 1, "size": 12, "dtype": torch.float16},
+    "wavefront-of-words": {"wavefront": (2, 4), "size": 8, "length": 9, "dtype": torch.float16},
+    "wavefront-without-softplus": {"wavefront": (2, 2), "softplus": False},
 }
 
 
@@ -143,7 +144,7 @@ def run_toy_case(
     split: bool = True,
     registers: int = 16,
     workspace: int = 1 << 20,
-    wavefront: tuple[int, int, int] | None = None,
+    wavefront: tuple[int, int] | None = None,
     softplus: bool = True,
     seq_idx: list[list[int]] | None = None,
     cu_seqlens: list[int] | None = None,
@@ -162,8 +163,7 @@ def run_toy_case(
     forward.MOST_WAVEFRONTS = 0
     if wavefront is not None:
         forward.SHORT, forward.FEWEST_WAVEFRONTS, forward.MOST_WAVEFRONTS = 0, 0, 1 << 30
-        warps, tokens, thread_channels = wavefront
-        forward.WAVEFRONT = forward.WAVEFRONT._replace(warps=warps, tile=tokens, channels=thread_channels)
+        forward.WAVEFRONT = type(forward.WAVEFRONT)(*wavefront)
     forward.FORWARD_REGISTER_STATES = registers
     backward.WORKSPACE_BYTES = workspace
     options: dict[str, Any] = {"dt_softplus": softplus, "without": without}

@@ -11,8 +11,8 @@ exponential is computed once::
     warp 0   tile 0: b0     b1     b2     b3  |  tile 1: b0 ...
     warp 1           -      tile 0: b0     b1 |  b2     b3     tile 1: b0 ...
 
-Symbols as in `triton_common`, and: W warps, NS states of a phase, CH channels of a thread, LANES threads of a warp. A tile is
-(W, K, CH, LANES): with the layout that Triton gives such a tensor every thread holds the K tokens of its channels.
+Symbols as in `triton_common`, and: W warps, NS states of a phase; BD channels are one a thread of a warp. A tile is (W, K, BD): with
+the layout that Triton gives such a tensor every thread holds the K tokens of its channel.
 """
 
 from typing import NamedTuple
@@ -50,15 +50,6 @@ class Wavefront(NamedTuple):
 
     warps: int = 2  # W, of a program
     tile: int = 8  # K, tokens of a warp
-    channels: int = 1  # CH, of a thread
-    registers: int = 0  # most of a thread, 0 for no limit; only NVIDIA's compiler takes one
-
-    def options(self) -> dict[str, int]:
-        """Launch options."""
-        options = {"num_warps": self.warps, "num_stages": 1}
-        if self.registers and torch.version.cuda is not None:
-            options["maxnreg"] = self.registers
-        return options
 
 
 # of thirteen, measured on an H100; see docs/performance.md
@@ -125,8 +116,7 @@ def selective_scan_wavefront_kernel(
     GROUPS: tl.constexpr,
     W: tl.constexpr,
     K: tl.constexpr,
-    CH: tl.constexpr,
-    LANES: tl.constexpr,
+    BD: tl.constexpr,
     EVEN: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_D: tl.constexpr,
@@ -138,7 +128,6 @@ def selective_scan_wavefront_kernel(
     PACKED: tl.constexpr,
 ):
     NS: tl.constexpr = N // W
-    BD: tl.constexpr = CH * LANES
     TILE: tl.constexpr = W * K
     group_size = channels // GROUPS
     blocks = tl.cdiv(group_size, BD)
@@ -148,20 +137,20 @@ def selective_scan_wavefront_kernel(
     n_tiles = tl.cdiv(length, TILE)
 
     group = block // blocks
-    lane = tl.arange(0, LANES)[None, None, :] + LANES * tl.arange(0, CH)[None, :, None]
+    lane = tl.arange(0, BD)[None, :]
     within = (block % blocks) * BD + lane
-    d3 = (group * group_size + within).to(tl.int64)
-    mask3 = within < group_size
+    d2 = (group * group_size + within).to(tl.int64)
+    mask2 = within < group_size
     if EVEN:
-        mask3 = tl.full((1, CH, LANES), True, tl.int1)
-    d = d3[:, None]
-    mask = mask3[:, None]
-    warp3 = tl.arange(0, W)[:, None, None]
-    warp = warp3[:, None]
-    k = tl.arange(0, K)[None, :, None, None]
+        mask2 = tl.full((1, BD), True, tl.int1)
+    d = d2[:, None]
+    mask = mask2[:, None]
+    warp2 = tl.arange(0, W)[:, None]
+    warp = warp2[:, None]
+    k = tl.arange(0, K)[None, :, None]
 
-    bias = tl.zeros((1, 1, CH, LANES), tl.float32)
-    skip = tl.zeros((1, 1, CH, LANES), tl.float32)
+    bias = tl.zeros((1, 1, BD), tl.float32)
+    skip = tl.zeros((1, 1, BD), tl.float32)
     if HAS_BIAS:
         bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(tl.float32)
     if HAS_D:
@@ -172,8 +161,8 @@ def selective_scan_wavefront_kernel(
     B += row * stride_B_b + group.to(tl.int64) * stride_B_g
     C += row * stride_C_b + group.to(tl.int64) * stride_C_g
     y += row * length * channels + d
-    before = (warp3 + (W - 1)) % W
-    mailbox = handed + pid * (2 * N * BD) + warp3 * BD + lane
+    before = (warp2 + (W - 1)) % W
+    mailbox = handed + pid * (2 * N * BD) + warp2 * BD + lane
     neighbour = handed + pid * (2 * N * BD) + before * BD + lane
 
     # A of the states that a warp works on in phase p is A_n[p * NS] and what follows; h is of those of the next phase
@@ -186,18 +175,18 @@ def selective_scan_wavefront_kernel(
                 tl.load(A_t + wide(m) * stride_A_n + d * stride_A_d, mask=mask, other=0.0).to(tl.float32) * LOG2_E,
             )
     for j in tl.static_range(NS):
-        state = (W - warp3) % W * NS + j
+        state = (W - warp2) % W * NS + j
         if HAS_INITIAL:
-            h_n = tl.load(initial + (row * channels + d3) * N + state, mask=mask3, other=0.0).to(tl.float32)
+            h_n = tl.load(initial + (row * channels + d2) * N + state, mask=mask2, other=0.0).to(tl.float32)
         else:
-            h_n = tl.zeros((W, CH, LANES), tl.float32)
+            h_n = tl.zeros((W, BD), tl.float32)
         h = h + (h_n,)
 
     # what a warp works on; warps that have not begun yet hand states on as they are
-    delta = tl.zeros((W, K, CH, LANES), tl.float32)
-    u = tl.zeros((W, K, CH, LANES), tl.float32)
-    out = tl.zeros((W, K, CH, LANES), tl.float32)
-    done = tl.zeros((W, K, CH, LANES), tl.float32)
+    delta = tl.zeros((W, K, BD), tl.float32)
+    u = tl.zeros((W, K, BD), tl.float32)
+    out = tl.zeros((W, K, BD), tl.float32)
+    done = tl.zeros((W, K, BD), tl.float32)
     own = warp * K
     real = _real(own, k, length, WHOLE) & mask
     next_dt = _load_group(dt, own, k, stride_dt_t, real)
@@ -206,7 +195,7 @@ def selective_scan_wavefront_kernel(
     there = _real(first, k, length, WHOLE)
     if WHOLE:
         first = tl.minimum(first, length - K)
-        there = tl.full((W, 1, 1, 1), True, tl.int1)
+        there = tl.full((W, 1, 1), True, tl.int1)
     n = (W - warp) % W * NS
     next_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
     next_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
@@ -242,7 +231,7 @@ def selective_scan_wavefront_kernel(
             if WHOLE:
                 # steps of 0 do not ask what B is
                 first = tl.minimum(first, length - K)
-                there = tl.full((W, 1, 1, 1), True, tl.int1)
+                there = tl.full((W, 1, 1), True, tl.int1)
             next_B = load_words(B, first, k, stride_B_t, stride_B_n, n, there, NS, PACKED)
             next_C = load_words(C, first, k, stride_C_t, stride_C_n, n, there, NS, PACKED)
             if p == W - 1:
@@ -276,8 +265,8 @@ def selective_scan_wavefront_kernel(
 
     if FINAL:
         for j in tl.static_range(NS):
-            state = (W - warp3) % W * NS + j
-            tl.store(final + (row * channels + d3) * N + state, h[j], mask=mask3)
+            state = (W - warp2) % W * NS + j
+            tl.store(final + (row * channels + d2) * N + state, h[j], mask=mask2)
 
 
 def takes_wavefront(inputs: ScanInputs, tuning: Wavefront) -> bool:
@@ -304,11 +293,10 @@ def scan_wavefront(
     y: Tensor,
 ) -> None:
     """Fill y (B, L, D) and, if it is given, final (B, D, N)."""
-    block = tuning.channels * LANES
-    phase = plan.size // tuning.warps
-    programs = plan.batch * plan.groups * ceil_div(plan.channels // plan.groups, block)
+    states = plan.size // tuning.warps
+    programs = plan.batch * plan.groups * ceil_div(plan.channels // plan.groups, LANES)
     placeholder = inputs.A_t
-    handed = y.new_empty((programs, 2, plan.size, block), dtype=torch.float32)
+    handed = y.new_empty((programs, 2, plan.size, LANES), dtype=torch.float32)
     launch(
         selective_scan_wavefront_kernel,
         (programs,),
@@ -336,9 +324,8 @@ def scan_wavefront(
         GROUPS=plan.groups,
         W=tuning.warps,
         K=tuning.tile,
-        CH=tuning.channels,
-        LANES=LANES,
-        EVEN=plan.channels // plan.groups % block == 0,
+        BD=LANES,
+        EVEN=plan.channels // plan.groups % LANES == 0,
         WHOLE=plan.length % tuning.tile == 0,
         HAS_D=inputs.D is not None,
         HAS_Z=inputs.z is not None,
@@ -346,6 +333,7 @@ def scan_wavefront(
         SOFTPLUS=inputs.dt_softplus,
         HAS_INITIAL=inputs.initial_states is not None,
         FINAL=final is not None,
-        PACKED=plan.packed and phase % 2 == 0,
-        **tuning.options(),
+        PACKED=plan.packed and (states == 2 or states % 4 == 0),
+        num_warps=tuning.warps,
+        num_stages=1,
     )
